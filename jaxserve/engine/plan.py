@@ -1,0 +1,142 @@
+"""StepPlan: what one compiled step does, as plain frozen values.
+
+The scheduler makes a plan, the executor runs it, `commit` gets it back with
+the results. A plan holds everything the executor needs (page-table deltas and
+slot loads included), so a recorded sequence of plans can be replayed.
+
+Row order in the step: decode chunks first (one row each), then prefill chunks
+in plan order, each a run of consecutive rows. Rows after the last chunk are
+padding up to `num_rows_bucket`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive positions of one sequence, computed in one step.
+
+    A *decode* chunk is one row whose token is the last one that was sampled
+    for its slot; it stays on the device (`token_ids` is empty). A *prefill*
+    chunk carries its token ids; after a preemption these include generated
+    tokens that are computed again.
+    """
+
+    request_id: str
+    slot: int
+    start: int
+    """Absolute position of the first row."""
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    """Empty for a decode chunk, else `num_tokens` ids."""
+    samples: bool
+    """The last row's logits give the sequence's next token."""
+    new_pages: tuple[int, ...]
+    """Page ids appended to the slot's page table before this step."""
+    logprob_targets: tuple[int, ...] = ()
+    """Prompt logprobs: row i is scored against target i (the next prompt
+    token). Shorter than the chunk by one when its last row samples."""
+
+    @property
+    def is_decode(self) -> bool:
+        return not self.token_ids
+
+    @property
+    def num_sample_rows(self) -> int:
+        return len(self.logprob_targets) + int(self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLoad:
+    """A slot gets a (new or resumed) request before the step runs."""
+
+    slot: int
+    request_id: str
+    sampling: SamplingParams
+    seed: int
+    """Unsigned 64-bit; the RNG key of a token is (seed, absolute position)."""
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    """Not empty when the request resumes after a preemption."""
+    stop_token_ids: tuple[int, ...]
+    """EOS ids (unless ignored) and the request's stop ids: masked until
+    `min_tokens` tokens are out."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One row that goes through the LM head."""
+
+    slot: int
+    row: int
+    """Index into the step's flat rows."""
+    position: int
+    """Absolute position of that row; the sampled token stands at position + 1."""
+    target: int
+    """-1: sample the next token. Else: report this token id's logprob."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Hashable and comparable; see the module's docstring."""
+
+    step_id: int
+    num_rows_bucket: int
+    """Rows of the executable that runs it."""
+    decodes: tuple[Chunk, ...]
+    prefills: tuple[Chunk, ...]
+    slot_loads: tuple[SlotLoad, ...] = ()
+    preempted: tuple[str, ...] = ()
+    """Requests that lost their pages and slot while this plan was made."""
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self.decodes + self.prefills
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_sample_rows(self) -> int:
+        return sum(chunk.num_sample_rows for chunk in self.chunks)
+
+    def sample_rows(self) -> Iterator[SampleRow]:
+        """Rows through the LM head, in the order of `StepResults`."""
+        row = 0
+        for chunk in self.chunks:
+            for offset, target in enumerate(chunk.logprob_targets):
+                yield SampleRow(chunk.slot, row + offset, chunk.start + offset, target)
+            if chunk.samples:
+                last = chunk.num_tokens - 1
+                yield SampleRow(chunk.slot, row + last, chunk.start + last, -1)
+            row += chunk.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepResults:
+    """What came back from the device. `n` = `plan.num_sample_rows`, in the
+    order of `plan.sample_rows()`; N is `MAX_TOP_LOGPROBS`.
+
+    Logprobs are those of the raw logits (before penalties, bias, masks and
+    temperature); they are zeros in a step where no request wants any.
+    """
+
+    step_id: int
+    token_ids: np.ndarray
+    """int32 [n]: the sampled token, or the target where one was given."""
+    logprobs: np.ndarray
+    """float32 [n]: logprob of that token."""
+    ranks: np.ndarray
+    """int32 [n]: how many tokens are at least as likely; 1 is the argmax."""
+    top_ids: np.ndarray
+    """int32 [n, N], most likely first."""
+    top_logprobs: np.ndarray
+    """float32 [n, N]."""

@@ -1,0 +1,139 @@
+"""A request: what the client asked, and how far the engine has got with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from jaxserve.engine.sampling_params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every request ends with exactly one of these."""
+
+    STOP = "stop"
+    """EOS, a stop id or a stop string."""
+    LENGTH = "length"
+    """max_tokens, or the context is full."""
+    CANCELLED = "cancelled"
+    """The client cancelled, disconnected or aborted it."""
+    DEADLINE = "deadline"
+    """The client's deadline passed."""
+    ERROR = "error"
+    """The engine failed on it; details are in the log, not in the reply."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A validated, tokenised request as a front end hands it to the engine."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    deadline_s: float | None = None
+    """On the engine's monotonic clock; the request ends as DEADLINE then."""
+    cache_salt: str = ""
+    """Prefix-cache pages are shared only between requests of one salt."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The scheduler's record of a running or waiting request.
+
+    `num_computed_tokens` is advanced when a step is planned, not when it
+    completes. Prompt and output never mix: a preemption only sets
+    `num_computed_tokens` back to what the prefix cache still holds.
+    """
+
+    generation: GenerationRequest
+    max_tokens: int
+    """Resolved: min(asked, max_model_len - prompt length)."""
+    seed: int
+    stop_token_ids: frozenset[int]
+    """EOS ids (unless ignored) and the request's own."""
+    arrival_s: float
+
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    """Output tokens planned in steps that have not been committed yet."""
+    num_in_flight_steps: int = 0
+    slot: int | None = None
+    page_ids: list[int] = field(default_factory=list)
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache saved at first admission."""
+    first_scheduled_s: float | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.generation.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.generation.sampling
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.generation.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose ids the host knows: prompt + committed output."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Logprob of one token and of the most likely ones at its position."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUpdate:
+    """What one committed step did to one request (scheduler -> output)."""
+
+    request: Request
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    """One per token when the request asked for logprobs, else empty."""
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    queue_s: float
+    """Arrival to first scheduled."""
+    ttft_s: float
+    """Arrival to first token committed."""
+    e2e_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A strict delta for the client: new ids and the new text they gave.
+
+    `text` may lag behind `token_ids` while a stop string could still match or
+    a character is incomplete; the last output flushes everything.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_match: str | int | None = None
+    """The stop string or stop token id that ended it."""
+    usage: Usage | None = None
+    """On the last output only."""

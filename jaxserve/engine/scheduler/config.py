@@ -1,0 +1,76 @@
+"""Limits that the scheduler plans within."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Validated on construction; a message names the flag to change."""
+
+    num_pages: int
+    max_model_len: int
+    """Most tokens (prompt + output) of one sequence."""
+    max_num_seqs: int = 32
+    """Slots: sequences that run at once."""
+    token_budget: int = 128
+    """Most rows of a step (tau)."""
+    buckets: tuple[int, ...] = (4, 32, 128)
+    """Row counts of the compiled steps, ascending; the last is >= token_budget."""
+    page_size: int = 16
+    watermark: float = 0.01
+    """Fraction of the pages that admission leaves free for growth."""
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 1 << 20
+    """Prompt tokens that may wait."""
+    max_in_flight: int = 2
+    """Plans in flight at once."""
+    chain_decodes: bool = True
+    """A sequence may decode in consecutive in-flight steps, since its last
+    token stays on the device. False for pipeline stages, where it must return
+    first."""
+    prefix_caching: bool = True
+    policy: str = "sarathi"
+
+    @property
+    def num_watermark_pages(self) -> int:
+        return math.floor(self.watermark * self.num_pages)
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        return math.ceil(self.max_model_len / self.page_size)
+
+    def max_sample_rows(self, num_rows_bucket: int) -> int:
+        """LM-head rows of the executable with that many rows."""
+        return min(self.max_num_seqs, num_rows_bucket)
+
+    def __post_init__(self) -> None:
+        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
+            raise ConfigError(f"--buckets must be ascending and not empty, not {self.buckets}")
+        if self.token_budget > self.buckets[-1]:
+            raise ConfigError(
+                f"--token-budget {self.token_budget} needs a bucket of at least that many rows; "
+                f"the largest of --buckets is {self.buckets[-1]}"
+            )
+        if self.max_num_seqs > self.token_budget:
+            raise ConfigError(
+                f"--max-num-seqs {self.max_num_seqs} must not exceed --token-budget "
+                f"{self.token_budget}: every running sequence decodes in every step"
+            )
+        if self.max_num_seqs < 1 or self.page_size < 1 or self.max_model_len < 2:
+            raise ConfigError("--max-num-seqs, --page-size and --max-model-len must be positive")
+        if not 0.0 <= self.watermark < 0.5:
+            raise ConfigError(f"--watermark must be in [0, 0.5), not {self.watermark}")
+        if self.max_in_flight < 1:
+            raise ConfigError("max_in_flight must be at least 1")
+        needed = self.max_pages_per_seq + self.num_watermark_pages
+        if self.num_pages < needed:
+            raise ConfigError(
+                f"the KV pool has {self.num_pages} pages of {self.page_size} tokens but one sequence "
+                f"of --max-model-len {self.max_model_len} needs {needed}: raise --kv-cache-bytes or "
+                "lower --max-model-len"
+            )

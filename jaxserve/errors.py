@@ -1,0 +1,36 @@
+"""Errors that a person reads: each names what is wrong and how to mend it.
+
+Front ends print or send these without a traceback; any other exception is a
+defect of ours.
+"""
+
+from __future__ import annotations
+
+
+class JaxserveError(Exception):
+    """A problem that the user can mend. The message holds the fix."""
+
+
+class ConfigError(JaxserveError):
+    """A start-up setting that cannot work. The message names the flag."""
+
+
+class InvalidRequest(JaxserveError):
+    """A request field that cannot be served.
+
+    Args:
+        field: the field's name as the client wrote it, e.g. `sampling.top_p`.
+        message: what is wrong and what would be right.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class QueueFull(JaxserveError):
+    """The bounded queue has no room; the client should retry later."""
+
+
+class NotAccepting(JaxserveError):
+    """The engine drains or has stopped and takes no new requests."""

@@ -1,0 +1,113 @@
+"""The `jaxserve` command: one module a sub-command, loaded when it is run.
+
+Importing this module imports neither jax nor any sub-command, so `--help`,
+`--version` and shell completion answer at once. A sub-command `name` is the
+module `jaxserve.cli.name`, which holds `app = typer.Typer(add_completion=False)`:
+with one `@app.command()` it is a plain command, with several a group.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import jaxserve
+from jaxserve.errors import JaxserveError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SUMMARIES = {
+    "serve": "Serve a model over gRPC.",
+    "chat": "Talk with a model, in this terminal.",
+    "generate": "Complete a prompt, or a file of prompts, without a server.",
+    "bench": "Measure throughput and latency on this machine.",
+    "pull": "Download a model of the catalogue.",
+    "models": "List and remove downloaded models.",
+    "doctor": "Tell what this machine can do and what is missing.",
+}
+"""Sub-command -> its line in `jaxserve --help`, in the order shown."""
+
+
+class LazyGroup(TyperGroup):
+    """Knows its sub-commands by name; loads a module when it is run."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            module = importlib.import_module(f"jaxserve.cli.{name}")
+            command = typer.main.get_command(module.app)
+        return name, command, rest
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Two to start with: `jaxserve chat` pulls a small model and talks to it; "
+        "`jaxserve serve` puts it behind gRPC on 127.0.0.1. "
+        "`jaxserve COMMAND --help` explains a command, with examples."
+    ),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jaxserve {jaxserve.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Serve language models with JAX: fixed-shape steps, compiled ahead of time."""
+
+
+def _placeholder() -> Callable[[], None]:
+    def run() -> None:
+        raise AssertionError("LazyGroup replaces this command before it runs")
+
+    return run
+
+
+for _name, _summary in SUMMARIES.items():
+    app.command(_name, help=_summary)(_placeholder())
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether the message alone tells the user what to mend.
+
+    `models` and `checkpoint` cannot import JaxserveError; their own subclasses
+    of ValueError mean the same. A plain ValueError is a defect of ours.
+    """
+    if isinstance(error, JaxserveError):
+        return True
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, ValueError) and package in jaxserve.SIBLING_PACKAGES
+
+
+def main() -> None:
+    """Runs the command line. A user's mistake is one red line and exit code 2."""
+    command = typer.main.get_command(app)
+    try:
+        command(prog_name="jaxserve")
+    except Exception as error:
+        if not is_user_error(error):
+            raise
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

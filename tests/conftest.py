@@ -1,0 +1,37 @@
+"""Fixtures that every area shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache() -> Path:
+    """Keeps compiled programs of the tests between sessions.
+
+    Tiny models compile to the same programs in many tests and in every run.
+    The directory holds native code, so only its owner may enter it.
+    """
+    import jax
+
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_home / "jaxserve" / "xla-tests"
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The default model's GGUF file, pulled at first use."""
+    from jaxserve import model_store
+
+    return model_store.resolve(DEFAULT_MODEL)

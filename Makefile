@@ -1,0 +1,74 @@
+# Needs Python >= 3.11, make and git; everything else goes into .venv.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.synced
+UV := $(BIN)/uv
+# uv is named in full, so that it works on this environment and no other.
+UV_PIP := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip
+
+.PHONY: help setup demo test test-long lint format typecheck protos goldens locks wheel clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv from the lock and install the project editable
+
+$(UV): requirements/uv.in requirements/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python >= 3.11 is needed, this is {sys.version.split()[0]}; name another one: make PYTHON=python3.12 setup")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@touch $@
+
+$(STAMP): $(UV) requirements/dev.txt pyproject.toml
+	$(UV_PIP) sync --quiet --require-hashes requirements/dev.txt
+	$(UV_PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP) ## Serve the default model, stream an answer over gRPC, print TTFT and TPOT
+	$(BIN)/python tools/demo.py
+
+test: lint typecheck ## Lint, types and the fast tests
+	$(BIN)/python -m pytest
+
+test-long: $(STAMP) ## The tests that take minutes
+	$(BIN)/python -m pytest -m long --timeout 900
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Format, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+protos: $(STAMP) ## Regenerate the gRPC stubs from proto/
+	$(BIN)/python tools/generate_protos.py
+
+goldens: ## Remake the golden outputs (own environment with torch and transformers)
+	$(PYTHON) tools/make_goldens.py
+
+COMPILE := $(UV_PIP) compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --custom-compile-command 'make locks' $(LOCK_FLAGS)
+
+locks: $(UV) ## Resolve the locks anew; LOCK_FLAGS=--upgrade takes newer versions
+	$(COMPILE) requirements/uv.in -o requirements/uv.txt
+	$(COMPILE) pyproject.toml -o requirements/runtime.txt
+	$(COMPILE) pyproject.toml --extra bench --group test --group build -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra cuda12 -o requirements/cuda12.txt
+	$(COMPILE) pyproject.toml --extra cuda13 -o requirements/cuda13.txt
+
+wheel: $(STAMP) ## Build dist/jaxserve-*.whl
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) build --quiet --wheel --no-build-isolation --out-dir dist .
+
+clean: ## Remove .venv, caches and built files
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

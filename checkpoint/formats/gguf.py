@@ -1,0 +1,107 @@
+"""GgufFile: the tensors and metadata of one GGUF file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from checkpoint.errors import FormatError
+from checkpoint.formats.gguf_header import TensorEntry, parse_header
+from checkpoint.tensor_source import TensorInfo
+
+_PLAIN_DTYPES: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+_ELEMENTS_AT_A_TIME = 1 << 20
+"""Decoding works on this many elements, so that its temporaries stay small."""
+
+
+class GgufFile:
+    """A TensorSource over a memory-mapped GGUF file.
+
+    Quantised tensors are decoded to float32 one at a time, when read; F32, F16
+    and BF16 keep their dtype. Shapes are row-major, `[out, in]` for a weight.
+
+    Args:
+        path: a regular file.
+
+    Raises:
+        FormatError: the file breaks a rule of the format, is not a regular
+            file, or holds a tensor type that is not supported.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._map = _map_file(self.path)
+        header = parse_header(memoryview(self._map))
+        self.metadata: Mapping[str, Any] = header.metadata
+        self._tensors = header.tensors
+
+    def names(self) -> Sequence[str]:
+        """Tensor names in the file's order."""
+        return tuple(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, and the dtype in the file: "float32", or e.g. "Q4_1" when quantised."""
+        entry = self._entry(name)
+        plain = _PLAIN_DTYPES.get(entry.type)
+        return TensorInfo(shape=entry.shape, dtype=entry.type.name if plain is None else plain.name)
+
+    def num_stored_bytes(self, name: str) -> int:
+        """Bytes the tensor takes in the file, for progress."""
+        return self._entry(name).num_bytes
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The tensor's values: a new float32 array when it is stored quantised, else
+        a read-only view of the file in its own dtype."""
+        entry = self._entry(name)
+        raw = np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.offset)
+        plain = _PLAIN_DTYPES.get(entry.type)
+        if plain is not None:
+            return raw.view(plain).reshape(entry.shape)
+        return _dequantize(raw, entry)
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise KeyError(f"no tensor {name!r} in {self.path.name}") from None
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    # Non-blocking, so that opening a FIFO without a writer does not hang.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{path} is not a regular file")
+        if status.st_size == 0:
+            raise FormatError(f"{path} is empty, not a GGUF file")
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+
+def _dequantize(raw: npt.NDArray[Any], entry: TensorEntry) -> npt.NDArray[Any]:
+    row_elements = entry.shape[-1]
+    num_rows = int(np.prod(entry.shape[:-1], dtype=np.int64))
+    rows = raw.reshape(num_rows, -1)
+    out = np.empty((num_rows, row_elements), np.float32)
+    step = max(1, _ELEMENTS_AT_A_TIME // row_elements)
+    for start in range(0, num_rows, step):
+        out[start : start + step] = dequantize(rows[start : start + step], entry.type)
+    return out.reshape(entry.shape)

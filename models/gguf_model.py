@@ -1,0 +1,296 @@
+"""What a GGUF file's metadata says about its model: config and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from checkpoint.errors import FormatError
+from models.config import ModelConfig, RopeScaling
+from models.tokenizer import Tokenizer
+
+ARCHITECTURES = ("llama",)
+"""GGUF architectures that can be served; "llama" covers Llama, Mistral, SmolLM2."""
+
+_TOKEN_CONTROL, _TOKEN_USER_DEFINED = 3, 4
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any], tensor_names: Collection[str] | None = None
+) -> ModelConfig:
+    """ModelConfig of a GGUF file.
+
+    Args:
+        metadata: `GgufFile.metadata`.
+        tensor_names: names in the file. The head is tied to the embedding when
+            they lack `output.weight`; without them it is taken as tied.
+
+    Raises FormatError for an architecture or a feature that is not supported,
+    and for metadata that is missing or of the wrong type.
+    """
+    reader = _Reader(metadata)
+    architecture = reader.text("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise FormatError(
+            f"GGUF architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}"
+        )
+    if reader.integer("llama.expert_count", 0):
+        raise FormatError("GGUF models with experts (llama.expert_count) are not supported")
+    names = frozenset(tensor_names or ())
+    if "rope_freqs.weight" in names:
+        raise FormatError(
+            "this GGUF file scales its rotary embedding by a rope_freqs.weight tensor "
+            "(Llama 3.1 and later), which is not supported; use the Hugging Face folder "
+            "of the model instead"
+        )
+    hidden_size = reader.integer("llama.embedding_length")
+    num_heads = reader.integer("llama.attention.head_count")
+    if num_heads < 1:
+        raise FormatError("GGUF llama.attention.head_count must be positive")
+    head_dim = reader.integer("llama.attention.key_length", hidden_size // num_heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if reader.integer(key, head_dim) != head_dim:
+            raise FormatError(f"GGUF {key} other than the head size {head_dim} is not supported")
+    return ModelConfig(
+        family="llama",
+        vocab_size=_vocab_size(reader),
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("llama.feed_forward_length"),
+        num_layers=reader.integer("llama.block_count"),
+        num_heads=num_heads,
+        num_kv_heads=reader.integer("llama.attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=reader.integer("llama.context_length"),
+        rope_theta=reader.number("llama.rope.freq_base", 10000.0),
+        rope_scaling=_rope_scaling(reader),
+        rms_norm_eps=reader.number("llama.attention.layer_norm_rms_epsilon"),
+        tie_word_embeddings="output.weight" not in names,
+        attention_bias="blk.0.attn_q.bias" in names,
+        mlp_bias="blk.0.ffn_up.bias" in names,
+        sliding_window=reader.integer("llama.attention.sliding_window", 0) or None,
+        bos_token_id=_bos_token_id(reader),
+        eos_token_ids=_eos_token_ids(reader),
+    )
+
+
+def rows_from_gguf(weight: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
+    """Puts a query or key projection back into Hugging Face's row order.
+
+    GGUF's llama files hold the rows of a head so that the rotary embedding
+    turns neighbours; Hugging Face's turns row i with row i + D/2.
+
+    Args:
+        weight: `[num_heads * D, E]`, or `[num_heads * D]` for a bias.
+        num_heads: H for a query, K for a key.
+    """
+    pairs = weight.reshape(num_heads, -1, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Tokenizer of a GGUF file, from `tokenizer.ggml.*` and `tokenizer.chat_template`.
+
+    Raises FormatError for a kind of tokenizer that is not supported, and for
+    metadata that is missing or contradicts itself.
+    """
+    reader = _Reader(metadata)
+    tokens = reader.texts("tokenizer.ggml.tokens")
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise FormatError("GGUF tokenizer.ggml.tokens holds a token twice")
+    kind = reader.text("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise FormatError(
+            f"GGUF tokenizer model {kind!r} is not supported, only gpt2; use the Hugging Face "
+            "folder of the model instead"
+        )
+    backend = _byte_level_bpe(reader, vocab)
+    _add_added_tokens(backend, reader, tokens)
+    bos_token_id, eos_token_ids = _bos_token_id(reader), _eos_token_ids(reader)
+    _set_post_processor(backend, reader, tokens, bos_token_id, eos_token_ids)
+    template = metadata.get("tokenizer.chat_template")
+    return Tokenizer(
+        backend,
+        bos_token_id=bos_token_id,
+        eos_token_ids=eos_token_ids,
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _byte_level_bpe(reader: _Reader, vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    name = reader.text("tokenizer.ggml.pre", "default")
+    if name not in _PRE_TOKENIZERS:
+        raise FormatError(
+            f"GGUF pre-tokenizer {name!r} is not supported, only "
+            f"{', '.join(sorted(_PRE_TOKENIZERS))}; use the Hugging Face folder of the model"
+        )
+    pre_tokenizer, ignore_merges, normalizer = _PRE_TOKENIZERS[name]
+    merges = [_split_merge(merge) for merge in reader.texts("tokenizer.ggml.merges")]
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
+    except Exception as error:  # the library raises bare Exception
+        raise FormatError(f"GGUF tokenizer does not hold together: {error}") from None
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return backend
+
+
+def _split_merge(merge: str) -> tuple[str, str]:
+    left, separator, right = merge.partition(" ")
+    if not (left and separator and right) or " " in right:
+        raise FormatError(f"GGUF tokenizer merge {merge[:40]!r} is not two tokens")
+    return left, right
+
+
+def _split_pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_DIGITS_THEN_GPT2 = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
+_PRE_TOKENIZERS: Mapping[
+    str, tuple[pre_tokenizers.PreTokenizer, bool, normalizers.Normalizer | None]
+] = {
+    "gpt-2": (_GPT2, False, None),
+    "smollm": (_DIGITS_THEN_GPT2, False, None),
+    "llama-bpe": (_split_pre_tokenizer(_LLAMA3_SPLIT), True, None),
+    "qwen2": (_split_pre_tokenizer(_QWEN2_SPLIT), False, normalizers.NFC()),
+}
+"""Name in the file: how text is cut, whether whole known words skip merging,
+and how it is normalised first."""
+
+
+def _add_added_tokens(
+    backend: tokenizers.Tokenizer, reader: _Reader, tokens: Sequence[str]
+) -> None:
+    types = reader.integers("tokenizer.ggml.token_type")
+    if types and len(types) != len(tokens):
+        raise FormatError(f"GGUF tokenizer has {len(tokens)} tokens and {len(types)} token types")
+    for token, token_type in zip(tokens, types, strict=False):
+        if token_type == _TOKEN_CONTROL:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif token_type == _TOKEN_USER_DEFINED:
+            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+
+
+def _set_post_processor(
+    backend: tokenizers.Tokenizer,
+    reader: _Reader,
+    tokens: Sequence[str],
+    bos_token_id: int | None,
+    eos_token_ids: Sequence[int],
+) -> None:
+    for token_id in (bos_token_id, *eos_token_ids):
+        if token_id is not None and not 0 <= token_id < len(tokens):
+            raise FormatError(f"GGUF special token id {token_id} is outside the vocabulary")
+    pieces = ["$A"]
+    special = []
+    if reader.flag("tokenizer.ggml.add_bos_token") and bos_token_id is not None:
+        pieces.insert(0, tokens[bos_token_id])
+        special.append((tokens[bos_token_id], bos_token_id))
+    if reader.flag("tokenizer.ggml.add_eos_token") and eos_token_ids:
+        pieces.append(tokens[eos_token_ids[0]])
+        special.append((tokens[eos_token_ids[0]], eos_token_ids[0]))
+    if special:
+        backend.post_processor = TemplateProcessing(single=pieces, special_tokens=special)
+
+
+def _vocab_size(reader: _Reader) -> int:
+    tokens = reader.metadata.get("tokenizer.ggml.tokens")
+    return reader.integer("llama.vocab_size", len(tokens) if isinstance(tokens, list) else None)
+
+
+def _rope_scaling(reader: _Reader) -> RopeScaling | None:
+    kind = reader.text("llama.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind != "linear":
+        raise FormatError(f"GGUF rope scaling {kind!r} is not supported, only none and linear")
+    return RopeScaling(kind="linear", factor=reader.number("llama.rope.scaling.factor"))
+
+
+def _bos_token_id(reader: _Reader) -> int | None:
+    return reader.optional_integer("tokenizer.ggml.bos_token_id")
+
+
+def _eos_token_ids(reader: _Reader) -> tuple[int, ...]:
+    """The ids that end an answer: end of sequence, of turn and of message."""
+    ids = (
+        reader.optional_integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
+    )
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+class _Reader:
+    """Typed access to metadata; each miss is a FormatError that names the key."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise FormatError(f"GGUF metadata lacks {key!r}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise FormatError(f"GGUF metadata {key!r} must be a string")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise FormatError(f"GGUF metadata {key!r} must be a whole number")
+        return value
+
+    def optional_integer(self, key: str) -> int | None:
+        return self.integer(key) if key in self.metadata else None
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise FormatError(f"GGUF metadata {key!r} must be a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.metadata.get(key, False)
+        if not isinstance(value, bool):
+            raise FormatError(f"GGUF metadata {key!r} must be a boolean")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        value = self._get(key, None)
+        if not isinstance(value, list):
+            raise FormatError(f"GGUF metadata {key!r} must be an array of strings")
+        return value
+
+    def integers(self, key: str) -> list[int]:
+        value = self.metadata.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+            raise FormatError(f"GGUF metadata {key!r} must be an array of whole numbers")
+        result: list[int] = value.tolist()
+        return result

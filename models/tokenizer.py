@@ -1,0 +1,212 @@
+"""Tokenizer: text to token ids and back, with the model's chat template."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from models.chat_template import ChatTemplate
+
+_MAX_JSON_BYTES = 1 << 26
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be built, or text that cannot be encoded."""
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with what serving needs to know around it.
+
+    Encoding behaves as in Hugging Face: special tokens spelled out in the text
+    become their ids. Thread-safe: nothing changes after construction.
+
+    Args:
+        backend: the tokenizer proper; its truncation and padding are taken off.
+        bos_token_id: put before a prompt by the backend's post-processor, if at all.
+        eos_token_ids: ids after which a model has finished.
+        chat_template: Jinja source of the model's chat template.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_token_ids))
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_token_ids: frozenset[int] = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+        self._chat_template = (
+            None
+            if chat_template is None
+            else ChatTemplate(
+                chat_template,
+                bos_token=self._token(bos_token_id),
+                eos_token=self._token(self.eos_token_ids[0] if self.eos_token_ids else None),
+            )
+        )
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Reads a Hugging Face folder: tokenizer.json, and where they exist
+        tokenizer_config.json, generation_config.json and chat_template.jinja.
+
+        Raises TokenizerError when tokenizer.json is missing or malformed.
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise TokenizerError(
+                f"{folder} has no tokenizer.json; save it there with the fast tokenizer's "
+                "save_pretrained, or use a GGUF file, which carries its own"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_str(_read_text(file))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{file} is not a valid tokenizer: {error}") from None
+        config = _read_json(folder / "tokenizer_config.json")
+        generation = _read_json(folder / "generation_config.json")
+        bos_token_id = _token_id(backend, config.get("bos_token"))
+        eos_token_ids = _as_ids(generation.get("eos_token_id"))
+        eos_token_id = _token_id(backend, config.get("eos_token"))
+        if eos_token_id is not None:
+            eos_token_ids = (eos_token_id, *eos_token_ids)
+        return cls(
+            backend,
+            bos_token_id=bos_token_id,
+            eos_token_ids=eos_token_ids,
+            chat_template=_folder_chat_template(folder, config),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; a BOS in front when the model wants one and
+        `add_special_tokens` is set. Raises TokenizerError for text that is not
+        valid Unicode (a lone surrogate)."""
+        _check_text(text)
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. An id beyond the vocabulary has no text and gives none,
+        since a model's table may be padded; a negative one raises TokenizerError."""
+        try:
+            text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError):
+            raise TokenizerError("token ids must be integers from 0 to 2**32 - 1") from None
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        now: datetime | None = None,
+    ) -> str:
+        """The prompt text of a conversation.
+
+        Args:
+            messages: `{"role": …, "content": …}` from first to last.
+            add_generation_prompt: open the assistant's turn at the end.
+            now: what a template that asks for the date gets; without it the
+                template finds no clock and uses its own fixed date.
+
+        Raises:
+            ChatTemplateError: the template refuses the messages or breaks a limit.
+            TokenizerError: the model has no chat template.
+        """
+        if self._chat_template is None:
+            raise TokenizerError("this model has no chat template; send a plain prompt instead")
+        return self._chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, now=now
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        now: datetime | None = None,
+    ) -> list[int]:
+        """Token ids of `render_chat`. The template writes its own BOS, so none is added."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self.encode(text, add_special_tokens=False)
+
+    def _token(self, token_id: int | None) -> str:
+        token = None if token_id is None else self.backend.id_to_token(token_id)
+        return token or ""
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"the text is not valid Unicode at character {error.start}: {error.reason}"
+        ) from None
+
+
+def _read_text(file: Path) -> str:
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise TokenizerError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file} is not valid UTF-8: {error.reason}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TokenizerError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{file} must hold a JSON object")
+    return value
+
+
+def _token_id(backend: tokenizers.Tokenizer, token: Any) -> int | None:
+    """The id of a token given as in tokenizer_config.json: text, or an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return backend.token_to_id(content) if isinstance(content, str) else None
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
+
+
+def _folder_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
+        template = named.get("default")
+    return template if isinstance(template, str) else None

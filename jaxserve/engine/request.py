@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from jaxserve.engine.sampling_params import SamplingParams
 
@@ -55,14 +56,23 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_prefill_tokens: int = 0
+    """Tokens known when it was last admitted: prefill chunks compute up to
+    here, later positions are decodes."""
     num_pending_tokens: int = 0
     """Output tokens planned in steps that have not been committed yet."""
     num_in_flight_steps: int = 0
     slot: int | None = None
     page_ids: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
+    """Prefix-cache keys of its full pages, as far as they were needed yet."""
+    num_registered_pages: int = 0
+    """Leading pages of `page_ids` that were offered to the prefix cache."""
     num_preemptions: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache saved at first admission."""
+    num_prompt_logprobs: int = 0
+    """Prompt logprobs planned so far; each is computed once, whatever happens."""
     first_scheduled_s: float | None = None
     finish_reason: FinishReason | None = None
 
@@ -83,6 +93,14 @@ class Request:
         """Tokens whose ids the host knows: prompt + committed output."""
         return self.num_prompt_tokens + len(self.output_token_ids)
 
+    def known_token_ids(self, start: int, end: int) -> tuple[int, ...]:
+        """Ids at positions [start, end), which must be known."""
+        prompt = self.generation.prompt_token_ids
+        if end <= len(prompt):
+            return prompt[start:end]
+        output = self.output_token_ids[max(start - len(prompt), 0) : end - len(prompt)]
+        return prompt[start:] + tuple(output)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -94,8 +112,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenUpdate:
+class TokenUpdate(NamedTuple):
     """What one committed step did to one request (scheduler -> output)."""
 
     request: Request

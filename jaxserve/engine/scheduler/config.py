@@ -70,7 +70,7 @@ class SchedulerConfig:
         needed = self.max_pages_per_seq + self.num_watermark_pages
         if self.num_pages < needed:
             raise ConfigError(
-                f"the KV pool has {self.num_pages} pages of {self.page_size} tokens but one sequence "
-                f"of --max-model-len {self.max_model_len} needs {needed}: raise --kv-cache-bytes or "
-                "lower --max-model-len"
+                f"the KV pool has {self.num_pages} pages of {self.page_size} tokens but one "
+                f"sequence of --max-model-len {self.max_model_len} needs {needed}: raise "
+                "--kv-cache-bytes or lower --max-model-len"
             )

@@ -1,0 +1,223 @@
+"""Scheduler: requests in, step plans out, results back in.
+
+Pure Python; reads no clock and imports no jax, so that a simulator drives
+the very same code. `num_computed_tokens` is advanced when a step is planned,
+which lets the next step be planned before the results of the last are known.
+
+Who decides what: the policy the order, the budget the size, `StepDraft` what
+is allowed, this class what happens when results come back. There is one way
+out for a request (`finish`, which `commit` uses too) and one place that
+releases pages and slots (`SchedulerState.release`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.plan import Chunk, StepPlan, StepResults
+from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, TokenUpdate
+from jaxserve.engine.scheduler.budget import StepBudget, TokenBudget
+from jaxserve.engine.scheduler.config import SchedulerConfig
+from jaxserve.engine.scheduler.draft import StepDraft, extend_page_keys
+from jaxserve.engine.scheduler.policy import Policy, make_policy
+from jaxserve.engine.scheduler.state import SchedulerState
+from jaxserve.engine.scheduler.updates import (
+    ResultReader,
+    finish_reason_after,
+    read_prompt_logprobs,
+)
+from jaxserve.errors import InvalidRequest
+
+
+class Scheduler:
+    """Plans steps for one executor. Not thread-safe: one thread calls it.
+
+    Args:
+        config: limits; validated by itself.
+        policy: the order. By default the one that `config.policy` names.
+        budget: the size of steps. By default `config.token_budget` rows each;
+            another one may give fewer, never more.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        policy: Policy | None = None,
+        budget: StepBudget | None = None,
+    ) -> None:
+        self.config = config
+        self._policy = policy or make_policy(config.policy)
+        self._budget = budget or TokenBudget(config.token_budget)
+        self._state = SchedulerState.empty(config)
+        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._next_step_id = 0
+
+    @property
+    def pages(self) -> PagePool:
+        return self._state.pages
+
+    @property
+    def has_work(self) -> bool:
+        """Something runs, waits or is in flight."""
+        return bool(self._state.running or self._state.waiting or self._in_flight)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._state.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._state.waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of the requests that wait."""
+        return self._state.waiting.num_tokens
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps planned but not committed."""
+        return len(self._in_flight)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._state.num_preemptions
+
+    @property
+    def prefix_cache_queries(self) -> int:
+        """Tokens looked up in the prefix cache at first admissions."""
+        return self._state.prefix_cache_queries
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        """Tokens of `prefix_cache_queries` that were found."""
+        return self._state.prefix_cache_hits
+
+    def add(self, request: Request) -> None:
+        """Queues a new request.
+
+        Raises QueueFull naming the limit, or InvalidRequest if the id is in
+        use or the request can never fit: both leave everything as it was.
+        """
+        state, num_prompt = self._state, request.num_prompt_tokens
+        if request.request_id in state.running or request.request_id in state.waiting:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is in use")
+        longest = self.config.max_model_len
+        if num_prompt < 1 or request.max_tokens < 1 or num_prompt + request.max_tokens > longest:
+            raise InvalidRequest(
+                "max_tokens",
+                f"a prompt of {num_prompt} tokens and {request.max_tokens} tokens of output don't "
+                f"fit --max-model-len {longest}; both must be at least 1",
+            )
+        state.waiting.append(request)
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, to be submitted before `plan` is called again.
+
+        None: nothing can be planned until a commit, an arrival or an abort.
+        """
+        if len(self._in_flight) >= self.config.max_in_flight:
+            return None
+        draft = StepDraft(
+            self._state,
+            max_rows=self._budget.max_rows(),
+            pipe_empty=not self._in_flight,
+            now_s=now_s,
+        )
+        self._policy.fill(draft)
+        plan = draft.finish(self._next_step_id)
+        if plan is not None:
+            self._next_step_id += 1
+            self._in_flight.append((plan, draft.requests))
+        return plan
+
+    def commit(
+        self,
+        plan: StepPlan,
+        results: StepResults,
+        now_s: float,  # noqa: ARG002  budgets that follow measured time need it
+    ) -> list[TokenUpdate]:
+        """Takes in the results of the oldest step in flight.
+
+        Returns what changed, in row order; nothing for requests that finished
+        earlier. Raises ValueError if `plan` or `results` is not the oldest
+        step's.
+        """
+        if not self._in_flight or self._in_flight[0][0].step_id != plan.step_id:
+            raise ValueError(f"step {plan.step_id} is not the oldest in flight")
+        if results.step_id != plan.step_id or len(results.token_ids) != plan.num_sample_rows:
+            raise ValueError(f"results of step {results.step_id} don't fit plan {plan.step_id}")
+        _, requests = self._in_flight.popleft()
+        reader = ResultReader(results)
+        updates = []
+        for request, chunk in zip(requests, plan.chunks, strict=True):
+            request.num_in_flight_steps -= 1
+            if request.finish_reason is None:
+                update = self._commit_chunk(request, chunk, reader)
+                if update is not None:
+                    updates.append(update)
+            else:
+                reader.skip(chunk)
+                if not request.num_in_flight_steps:
+                    self._state.release(request)
+        return updates
+
+    def finish(self, request_id: str, reason: FinishReason) -> Request | None:
+        """Ends a request at any moment; the only way out.
+
+        Its slot and pages are free at once, or when its last step in flight
+        is committed. Returns the request, or None if it is not (or no longer)
+        waiting or running, so calling twice does no harm.
+        """
+        request = self._state.waiting.remove(request_id)
+        if request is None:
+            request = self._state.running.get(request_id)
+            if request is None:
+                return None
+            self._state.retire(request)
+        request.finish_reason = reason
+        return request
+
+    def check_integrity(self) -> None:
+        """Raises PageIntegrityError unless every page and slot is accounted for."""
+        self._state.check_integrity()
+
+    def _commit_chunk(
+        self, request: Request, chunk: Chunk, reader: ResultReader
+    ) -> TokenUpdate | None:
+        num_full_pages = (chunk.start + chunk.num_tokens) // self.config.page_size
+        if num_full_pages > request.num_registered_pages:
+            self._register_pages(request, num_full_pages)
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if chunk.logprob_targets:
+            prompt_logprobs = read_prompt_logprobs(reader, request, chunk)
+        if not chunk.samples:
+            if not prompt_logprobs:
+                return None
+            return TokenUpdate(request, (), (), prompt_logprobs, None)
+        token_id = reader.token_id()
+        num_top = request.generation.sampling.logprobs
+        logprobs = () if num_top is None else (reader.logprobs(num_top),)
+        reader.advance()
+        request.output_token_ids.append(token_id)
+        request.num_pending_tokens -= 1
+        reason = finish_reason_after(request, token_id)
+        if reason is not None:
+            self.finish(request.request_id, reason)
+        stop_token_id = token_id if reason is FinishReason.STOP else None
+        return TokenUpdate(request, (token_id,), logprobs, prompt_logprobs, reason, stop_token_id)
+
+    def _register_pages(self, request: Request, num_pages: int) -> None:
+        """Offers pages that this commit completed to the prefix cache."""
+        if self.config.prefix_caching:
+            size = self.config.page_size
+            extend_page_keys(request, num_pages, size)
+            for index in range(request.num_registered_pages, num_pages):
+                self._state.pages.register(
+                    request.page_ids[index],
+                    request.page_keys[index],
+                    request.known_token_ids(index * size, (index + 1) * size),
+                )
+        request.num_registered_pages = num_pages

@@ -1,0 +1,87 @@
+"""Everything the scheduler knows between two calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxserve.engine.pages import PageIntegrityError, PagePool
+from jaxserve.engine.request import Request
+from jaxserve.engine.scheduler.config import SchedulerConfig
+from jaxserve.engine.scheduler.waiting import WaitingQueue
+
+
+@dataclass(slots=True, eq=False)
+class SchedulerState:
+    """Requests by stage, and the slots and pages they hold.
+
+    A request is in exactly one of `waiting`, `running`, `draining` or gone.
+    """
+
+    config: SchedulerConfig
+    pages: PagePool
+    waiting: WaitingQueue
+    free_slots: list[int]
+    running: dict[str, Request] = field(default_factory=dict)
+    """Holders of a slot, oldest arrival first: admission is strictly in order
+    and a preemption always takes the youngest, so appending keeps the order."""
+    draining: set[Request] = field(default_factory=set)
+    """Finished, but steps in flight still use their slot and pages."""
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens of first admissions that were looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Those of them that were found."""
+
+    @classmethod
+    def empty(cls, config: SchedulerConfig) -> SchedulerState:
+        return cls(
+            config=config,
+            pages=PagePool(
+                config.num_pages, config.page_size, prefix_caching=config.prefix_caching
+            ),
+            waiting=WaitingQueue(config.max_queued_requests, config.max_queued_tokens),
+            free_slots=list(range(config.max_num_seqs - 1, -1, -1)),
+        )
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.page_size)
+
+    def preempt(self, request: Request) -> None:
+        """Sends a running request that is not in flight back to the queue's front.
+
+        Prompt, output and their counts stay as they are; what was computed is
+        computed again, apart from what the prefix cache still holds then.
+        """
+        del self.running[request.request_id]
+        self.release(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.push_front(request)
+
+    def retire(self, request: Request) -> None:
+        """Takes a finished request out of `running`."""
+        del self.running[request.request_id]
+        if request.num_in_flight_steps:
+            self.draining.add(request)
+        else:
+            self.release(request)
+
+    def release(self, request: Request) -> None:
+        """Gives slot and pages back. No step in flight may use them."""
+        if request.slot is None or request.num_in_flight_steps:
+            raise PageIntegrityError(f"{request.request_id} holds no slot or is in flight")
+        self.draining.discard(request)
+        self.pages.release(request.page_ids)
+        request.page_ids = []
+        request.num_registered_pages = 0
+        self.free_slots.append(request.slot)
+        request.slot = None
+
+    def check_integrity(self) -> None:
+        """Raises PageIntegrityError unless pages and slots are all accounted for."""
+        holders = [*self.running.values(), *self.draining]
+        self.pages.check_integrity(request.page_ids for request in holders)
+        slots = [*self.free_slots, *(request.slot for request in holders)]
+        if sorted(slots, key=str) != sorted(range(self.config.max_num_seqs), key=str):
+            raise PageIntegrityError(f"slots in use and free ones don't add up: {slots}")

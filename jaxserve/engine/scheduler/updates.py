@@ -1,0 +1,66 @@
+"""Reading a step's results: from arrays in row order to per-request values."""
+
+from __future__ import annotations
+
+from jaxserve.engine.plan import Chunk, StepResults
+from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
+
+
+class ResultReader:
+    """Walks the rows of `StepResults` in the order of the plan's chunks.
+
+    Arrays become lists once for the whole step; those of logprobs only when a
+    request wants some.
+    """
+
+    def __init__(self, results: StepResults) -> None:
+        self._results = results
+        self._token_ids: list[int] = results.token_ids.tolist()
+        self._row = 0
+
+    def skip(self, chunk: Chunk) -> None:
+        self._row += len(chunk.logprob_targets) + chunk.samples
+
+    def token_id(self) -> int:
+        """The sampled token of the current row; `advance` moves on."""
+        return self._token_ids[self._row]
+
+    def advance(self) -> None:
+        self._row += 1
+
+    def logprobs(self, num_top: int) -> TokenLogprobs:
+        """Logprobs of the current row, with the `num_top` most likely tokens."""
+        row, results = self._row, self._results
+        top_ids: list[int] = results.top_ids[row, :num_top].tolist()
+        top_logprobs: list[float] = results.top_logprobs[row, :num_top].tolist()
+        return TokenLogprobs(
+            token_id=self._token_ids[row],
+            logprob=float(results.logprobs[row]),
+            rank=int(results.ranks[row]),
+            top=tuple(zip(top_ids, top_logprobs, strict=True)),
+        )
+
+
+def read_prompt_logprobs(
+    reader: ResultReader, request: Request, chunk: Chunk
+) -> tuple[TokenLogprobs, ...]:
+    """Logprobs of the chunk's `logprob_targets`."""
+    num_top = request.sampling.prompt_logprobs or 0
+    entries = []
+    for _ in chunk.logprob_targets:
+        entries.append(reader.logprobs(num_top))
+        reader.advance()
+    return tuple(entries)
+
+
+def finish_reason_after(request: Request, token_id: int) -> FinishReason | None:
+    """Whether `token_id`, which `request` has just got, ends it, and why.
+
+    Stop ids count once `min_tokens` tokens came before.
+    """
+    num_output = len(request.output_token_ids)
+    if token_id in request.stop_token_ids and num_output > request.generation.sampling.min_tokens:
+        return FinishReason.STOP
+    if num_output >= request.max_tokens:
+        return FinishReason.LENGTH
+    return None

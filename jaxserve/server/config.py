@@ -1,0 +1,51 @@
+"""ServerConfig: ports and limits of the front end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxserve.errors import ConfigError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Validated on construction; a message names the flag to change."""
+
+    host: str = "127.0.0.1"
+    """Interface to listen on. Nothing is encrypted or authenticated, so any
+    other than the loopback belongs behind a gateway."""
+    grpc_port: int = 50051
+    """0 picks a free port."""
+    http_port: int = 8000
+    """Of `/metrics` and `/health`; 0 picks a free port."""
+    reflection: bool = False
+    """Let clients such as grpcurl list the methods."""
+    drain_timeout_s: float = 30.0
+    """How long running requests may take to finish after SIGTERM."""
+    max_message_bytes: int = 4 * MIB
+    """Of a message that a client sends."""
+    max_metadata_bytes: int = 8 << 10
+    max_concurrent_streams: int = 2048
+    """Calls at once on one connection. Above the engine's slots and queue, so
+    that overload is answered by the queue's own status."""
+    max_concurrent_calls: int = 4096
+    """Calls at once on all connections."""
+    max_connection_age_s: float | None = None
+    """Close connections after this time, so that clients balance anew."""
+    degraded_after_s: float = 60.0
+    """Requests run, but no step has completed for this long: not healthy."""
+
+    def __post_init__(self) -> None:
+        for name in ("grpc_port", "http_port"):
+            port = getattr(self, name)
+            if not 0 <= port <= 65535:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} must be in [0, 65535] (0: any free port), not {port}")
+        if self.grpc_port == self.http_port != 0:
+            raise ConfigError(f"--grpc-port and --http-port are both {self.grpc_port}: change one")
+        if not 0 <= self.drain_timeout_s < float("inf"):
+            raise ConfigError(f"--drain-timeout-s must not be negative, not {self.drain_timeout_s}")
+        if not self.host:
+            raise ConfigError("--host must be an address, e.g. 127.0.0.1")

@@ -1,0 +1,332 @@
+"""Protocol messages <-> the engine's values, with every bound checked.
+
+`Generate`'s settings are grouped in the protocol and flat in `SamplingParams`;
+a setting has the same name in both, so the descriptors are the only table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from jaxserve.engine.request import FinishReason, RequestOutput, TokenLogprobs, Usage
+from jaxserve.engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.errors import InvalidRequest
+from jaxserve.proto.v1 import inference_pb2 as pb
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_CACHE_SALT_BYTES = 256
+MAX_CHAT_MESSAGES = 1024
+MAX_ROLE_BYTES = 64
+PROMPT_LOGPROBS_A_MESSAGE = 2048
+"""Keeps a reply well below the 4 MiB that a gRPC client accepts by default."""
+
+SETTING_GROUPS = ("sampling", "decoding", "stopping", "response")
+_GROUP_TYPES = {
+    name: pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].message_type for name in SETTING_GROUPS
+}
+SETTING_PATHS: Mapping[str, str] = {
+    field.name: f"{group}.{field.name}"
+    for group, descriptor in _GROUP_TYPES.items()
+    for field in descriptor.fields
+}
+"""Name of a `SamplingParams` field -> its path in a `GenerateRequest`."""
+
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLimits:
+    vocab_size: int
+    max_model_len: int
+    max_prompt_bytes: int
+    """Of text, before it is tokenised."""
+
+    @classmethod
+    def of_model(cls, vocab_size: int, max_model_len: int) -> PromptLimits:
+        """A token of text rarely has more than 32 bytes; 1 MiB at most, so
+        that tokenising stays a matter of a second."""
+        return cls(vocab_size, max_model_len, min(1 << 20, max(64 << 10, 32 * max_model_len)))
+
+
+def generate_fields() -> list[str]:
+    """Paths of all the fields that `Generate` accepts."""
+    paths = []
+    for field in pb.GenerateRequest.DESCRIPTOR.fields:
+        if field.message_type is None:
+            paths.append(field.name)
+        else:
+            paths.extend(f"{field.name}.{inner.name}" for inner in field.message_type.fields)
+    return paths
+
+
+# Requests
+
+
+def refuse_unknown_fields(message: Message, path: str = "request") -> None:
+    """Raises InvalidRequest when the message, or one inside it, holds a field
+    that this version of the protocol does not have."""
+    for unknown in UnknownFieldSet(message):
+        raise InvalidRequest(
+            path, f"has field number {unknown.field_number}, which this server does not know"
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        inner = field.name if path == "request" else f"{path}.{field.name}"
+        for item in value if field.is_repeated else (value,):
+            refuse_unknown_fields(item, inner)
+
+
+def check_request(request: pb.GenerateRequest, limits: PromptLimits) -> None:
+    """Bounds every count and size, so that no later step works on more.
+
+    Raises InvalidRequest naming the field.
+    """
+    ids = limits.max_model_len
+    _at_most("token_ids.ids", len(request.token_ids.ids), ids, "token ids")
+    _at_most("decoding.logit_bias", len(request.decoding.logit_bias), MAX_LOGIT_BIAS, "entries")
+    for name, values in (
+        ("allowed_token_ids", request.decoding.allowed_token_ids.ids),
+        ("bad_token_ids", request.decoding.bad_token_ids),
+    ):
+        _at_most(f"decoding.{name}", len(values), limits.vocab_size, "entries")
+    _at_most("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS, "entries")
+    _at_most(
+        "stopping.stop_token_ids", len(request.stopping.stop_token_ids), MAX_STOP_TOKEN_IDS, "entries"
+    )
+    for entry in request.decoding.logit_bias:
+        if not (entry.HasField("token_id") and entry.HasField("bias")):
+            raise InvalidRequest("decoding.logit_bias", "an entry needs a token_id and a bias")
+    salt = request.cache.cache_salt.encode()
+    _at_most("cache.cache_salt", len(salt), MAX_CACHE_SALT_BYTES, "bytes")
+    check_prompt(request, limits)
+    refuse_unknown_fields(request)
+    for token_id in request.token_ids.ids:
+        if token_id >= limits.vocab_size:
+            raise InvalidRequest(
+                "token_ids.ids", f"token id {token_id} is outside [0, {limits.vocab_size})"
+            )
+
+
+def check_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, limits: PromptLimits) -> None:
+    """Bounds the prompt. Raises InvalidRequest when there is none or it is too
+    large to be tokenised."""
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("prompt", "is missing: set one of text, token_ids or chat")
+    if kind == "text":
+        size = len(request.text.text.encode())
+        _at_most("text.text", size, limits.max_prompt_bytes, "bytes")
+    elif kind == "token_ids":
+        if not request.token_ids.ids:  # type: ignore[union-attr]
+            raise InvalidRequest("token_ids.ids", "must not be empty")
+    else:
+        _check_messages(request.chat.messages, limits)
+
+
+def _check_messages(messages: Sequence[pb.ChatMessage], limits: PromptLimits) -> None:
+    if not messages:
+        raise InvalidRequest("chat.messages", "must not be empty")
+    _at_most("chat.messages", len(messages), MAX_CHAT_MESSAGES, "messages")
+    size = 0
+    for message in messages:
+        if not message.role:
+            raise InvalidRequest("chat.messages.role", "must not be empty, e.g. user")
+        _at_most("chat.messages.role", len(message.role.encode()), MAX_ROLE_BYTES, "bytes")
+        size += len(message.content.encode())
+    _at_most("chat.messages.content", size, limits.max_prompt_bytes, "bytes in all")
+
+
+def check_request_id(request_id: str, field: str = "request_id") -> str:
+    """Returns the id, or raises InvalidRequest: 1-128 visible ASCII characters,
+    so that it is safe in metadata and logs."""
+    visible = all("!" <= character <= "~" for character in request_id)
+    if not visible or not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(
+            field,
+            f"must be 1 to {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces",
+        )
+    return request_id
+
+
+def sampling_params(request: pb.GenerateRequest) -> SamplingParams:
+    """The settings that are present; the others keep their defaults. Their
+    values are checked by `SamplingParams.validate`."""
+    settings: dict[str, Any] = {}
+    for group in SETTING_GROUPS:
+        # ListFields tells "present and 0" from "absent".
+        for field, value in getattr(request, group).ListFields():
+            if field.name == "logit_bias":
+                value = tuple((entry.token_id, entry.bias) for entry in value)
+            elif field.name == "allowed_token_ids":
+                value = tuple(value.ids)
+            elif field.is_repeated:
+                value = tuple(value)
+            settings[field.name] = value
+    return SamplingParams(**settings)
+
+
+def client_field(field: str, request: pb.GenerateRequest) -> str:
+    """The path that the client wrote for a field that the engine names."""
+    if field in SETTING_PATHS:
+        return SETTING_PATHS[field]
+    if field in ("prompt", "prompt_token_ids"):
+        return {
+            "text": "text.text",
+            "token_ids": "token_ids.ids",
+            "chat": "chat.messages",
+            None: "prompt",
+        }[request.WhichOneof("prompt")]
+    return field
+
+
+def generate_request(
+    prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+    *,
+    request_id: str | None = None,
+    cache_salt: str | None = None,
+    **settings: Any,
+) -> pb.GenerateRequest:
+    """What a client sends.
+
+    Args:
+        prompt: text, token ids, or chat messages (`{"role", "content"}`).
+        settings: fields of `SamplingParams`; None leaves one at its default.
+
+    Raises:
+        TypeError: a setting that does not exist.
+        ValueError: a value that does not fit its field, such as a negative count.
+    """
+    request = pb.GenerateRequest(request_id=request_id, **prompt_fields(prompt))
+    if cache_salt is not None:
+        request.cache.cache_salt = cache_salt
+    for name, value in settings.items():
+        if name not in SETTING_PATHS:
+            known = ", ".join(sorted(SETTING_PATHS))
+            raise TypeError(f"unknown setting {name!r}; there are: {known}")
+        if value is not None:
+            _set(getattr(request, SETTING_PATHS[name].split(".")[0]), name, value)
+    return request
+
+
+def prompt_fields(prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> dict[str, Message]:
+    """The member of the `prompt` oneof for a prompt of any kind."""
+    if isinstance(prompt, str):
+        return {"text": pb.TextPrompt(text=prompt)}
+    if prompt and isinstance(prompt[0], Mapping):
+        messages = [pb.ChatMessage(**message) for message in prompt]  # type: ignore[arg-type]
+        return {"chat": pb.ChatPrompt(messages=messages)}
+    return {"token_ids": pb.TokenIds(ids=prompt)}  # type: ignore[arg-type]
+
+
+def _set(group: Message, name: str, value: Any) -> None:
+    if name == "logit_bias":
+        pairs = value.items() if isinstance(value, Mapping) else value
+        entries = [pb.LogitBias(token_id=token_id, bias=bias) for token_id, bias in pairs]
+        getattr(group, name).extend(entries)
+    elif name == "allowed_token_ids":
+        getattr(group, name).CopyFrom(pb.TokenIds(ids=value))
+    elif group.DESCRIPTOR.fields_by_name[name].is_repeated:
+        getattr(group, name).extend([value] if isinstance(value, str) else value)
+    else:
+        setattr(group, name, value)
+
+
+def _at_most(field: str, value: int, limit: int, unit: str) -> None:
+    if value > limit:
+        raise InvalidRequest(field, f"has {value} {unit}; at most {limit} are allowed")
+
+
+# Replies
+
+
+def responses(output: RequestOutput) -> Iterator[pb.GenerateResponse]:
+    """The messages of one delta: one, or more when prompt logprobs are long.
+
+    `finish_reason` must not be ERROR, which is a status, not a reply.
+    """
+    for start in range(0, len(output.prompt_logprobs), PROMPT_LOGPROBS_A_MESSAGE):
+        part = output.prompt_logprobs[start : start + PROMPT_LOGPROBS_A_MESSAGE]
+        yield pb.GenerateResponse(prompt=pb.PromptOutput(logprobs=map(_logprobs_message, part)))
+    response = pb.GenerateResponse()
+    if output.text or output.token_ids:
+        response.output.text = output.text
+        response.output.token_ids.extend(output.token_ids)
+        response.output.logprobs.extend(map(_logprobs_message, output.logprobs))
+    if output.finish_reason is not None:
+        response.finished.reason = _REASONS[output.finish_reason]
+        if isinstance(output.stop_match, str):
+            response.finished.stop_string = output.stop_match
+        elif output.stop_match is not None:
+            response.finished.stop_token_id = output.stop_match
+    if output.usage is not None:
+        response.usage.CopyFrom(_usage_message(output.usage))
+    if response.ListFields():
+        yield response
+
+
+def request_output(response: pb.GenerateResponse, request_id: str) -> RequestOutput:
+    """The delta that a message of the stream holds."""
+    finished = response.finished
+    match = finished.WhichOneof("stop_match")
+    reason = None
+    if response.HasField("finished"):
+        reason = next(key for key, value in _REASONS.items() if value == finished.reason)
+    return RequestOutput(
+        request_id=request_id,
+        token_ids=tuple(response.output.token_ids),
+        text=response.output.text,
+        logprobs=tuple(map(_logprobs_value, response.output.logprobs)),
+        prompt_logprobs=tuple(map(_logprobs_value, response.prompt.logprobs)),
+        finish_reason=reason,
+        stop_match=getattr(finished, match) if match else None,
+        usage=_usage_value(response.usage) if response.HasField("usage") else None,
+    )
+
+
+def _logprobs_message(value: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=value.token_id,
+        logprob=value.logprob,
+        rank=value.rank,
+        top_token_ids=[token_id for token_id, _ in value.top],
+        top_logprobs=[logprob for _, logprob in value.top],
+    )
+
+
+def _logprobs_value(message: pb.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(message.token_id, message.logprob, message.rank, top)
+
+
+def _usage_message(value: Usage) -> pb.Usage:
+    return pb.Usage(
+        num_prompt_tokens=value.num_prompt_tokens,
+        num_output_tokens=value.num_output_tokens,
+        num_cached_tokens=value.num_cached_tokens,
+        queue_s=value.queue_s,
+        ttft_s=value.ttft_s,
+        e2e_s=value.e2e_s,
+    )
+
+
+def _usage_value(message: pb.Usage) -> Usage:
+    return Usage(
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_output_tokens=message.num_output_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+        queue_s=message.queue_s,
+        ttft_s=message.ttft_s,
+        e2e_s=message.e2e_s,
+    )

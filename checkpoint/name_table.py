@@ -1,0 +1,103 @@
+"""NameTable: which tensor of a file is which leaf of the parameters, in both directions.
+
+A table is data. One rule pairs a file's name, with `{layer}` for a layer's number, with a
+path in the parameters' pytree; a named, invertible transform says how the arrays differ.
+Rules with `{layer}` fill, layer by layer, a leaf that is stacked on a leading axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+LAYER = "{layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """How a file's array becomes a leaf, and back, without loss.
+
+    Both functions return views where they can; neither changes its argument.
+    """
+
+    name: str
+    to_leaf: Callable[[Array], Array]
+    to_file: Callable[[Array], Array]
+    file_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    """The file's shape for a leaf's shape."""
+
+
+IDENTITY = Transform("identity", lambda a: a, lambda a: a, lambda shape: shape)
+TRANSPOSE = Transform("transpose", lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
+
+
+def unpermute_rope(num_heads: int) -> Transform:
+    """Rows of a rotary projection from neighbouring pairs to the half-split layout.
+
+    A file with neighbouring pairs holds a head's output rows as `0, D/2, 1, D/2 + 1, ...`;
+    ours are `0, 1, ..., D-1`. Works on `[heads * D, in]` and on a bias `[heads * D]`.
+    """
+
+    def regroup(array: Array, pair_axes: tuple[int, int]) -> Array:
+        rows = array.reshape(num_heads, *pair_axes, *array.shape[1:])
+        return rows.swapaxes(1, 2).reshape(array.shape)
+
+    def half(array: Array) -> int:
+        return array.shape[0] // num_heads // 2
+
+    return Transform(
+        f"unpermute_rope({num_heads})",
+        lambda a: regroup(a, (half(a), 2)),
+        lambda a: regroup(a, (2, half(a))),
+        lambda shape: shape,
+    )
+
+
+def chain(first: Transform, second: Transform) -> Transform:
+    """`first`, then `second`, on the way from the file to the leaf."""
+    return Transform(
+        f"{first.name}, {second.name}",
+        lambda a: second.to_leaf(first.to_leaf(a)),
+        lambda a: first.to_file(second.to_file(a)),
+        lambda shape: first.file_shape(second.file_shape(shape)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One line of a table."""
+
+    name: str
+    """Name in the file; `{layer}` stands for the layer's number."""
+    path: str
+    """Path of the leaf, keys joined by dots, e.g. `layers.attention.q_proj.kernel`."""
+    transform: Transform = IDENTITY
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the leaf has a leading axis of layers."""
+        return LAYER in self.name
+
+    def name_of(self, layer: int) -> str:
+        """The file's name for one layer."""
+        return self.name.replace(LAYER, str(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class NameTable:
+    """All rules of one family for one file convention."""
+
+    rules: tuple[TensorRule, ...]
+    ignored: tuple[str, ...] = ()
+    """Regular expressions (whole name) of tensors that files carry and nobody needs."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that may be present, and must then equal another one, e.g. a tied head."""
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether `name` may be present and is not read."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)

@@ -49,8 +49,3 @@ def write_rows(
     flat = kv_pool.reshape(num_layers, num_pages * page_size, *kv_pool.shape[3:])
     rows = jnp.stack([k, v], axis=1).astype(kv_pool.dtype)
     return flat.at[layer_index, token_index].set(rows).reshape(kv_pool.shape)
-
-
-def poison_pages(kv_pool: jax.Array, page_ids: jax.Array) -> jax.Array:
-    """Fills pages with NaN, so that a read of a freed page shows itself."""
-    return kv_pool.at[:, page_ids].set(jnp.nan)

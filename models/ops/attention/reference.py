@@ -168,9 +168,7 @@ def _attend_group(
         # 0 * NaN is NaN: values that no row may see are cleared, not weighted.
         values = jnp.where(held[:, :, None, None], kv[:, :, 1].astype(jnp.float32), 0.0)
         shrink = jnp.exp(peak - new_peak)
-        update = jnp.einsum(
-            "wkrt,wtkd->wkrd", weights, values, precision=lax.Precision.HIGHEST
-        )
+        update = jnp.einsum("wkrt,wtkd->wkrd", weights, values, precision=lax.Precision.HIGHEST)
         return (
             step + 1,
             new_peak,

@@ -20,9 +20,7 @@ class AttentionImplementation:
 
 
 IMPLEMENTATIONS = (
-    AttentionImplementation(
-        "reference", ("cpu", "gpu", "tpu"), reference.ragged_paged_attention
-    ),
+    AttentionImplementation("reference", ("cpu", "gpu", "tpu"), reference.ragged_paged_attention),
 )
 """Best first within a platform."""
 

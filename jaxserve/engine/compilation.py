@@ -1,0 +1,182 @@
+"""Ahead-of-time compilation: every program the engine runs is built before
+READY, and afterwards nothing may compile."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.engine.slots import SlotLoadLayout, load_slot, slot_state_shapes
+from jaxserve.engine.step import make_step
+from jaxserve.engine.step_inputs import StepLayout
+from jaxserve.errors import ConfigError
+from models.config import ModelConfig
+from models.ops.attention.kv_pool import kv_pool_shape
+from models.ops.attention.registry import AttentionImplementation
+from models.registry import get_family
+
+_BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileCounter:
+    """Counts XLA compilations of this process while it is open.
+
+    A hit in the persistent cache counts too: it means that a program was
+    asked for that had not been built.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_s: float, **_: Any) -> None:
+        if event == _BACKEND_COMPILE_EVENT:
+            with self._lock:
+                self._count += 1
+                self._seconds += duration_s
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """The compiled objects that the hot path calls. A call with another shape
+    raises; it never compiles."""
+
+    steps: Mapping[int, Callable[..., Any]]
+    """Bucket (rows) -> compiled step."""
+    layouts: Mapping[int, StepLayout]
+    load_slot: Callable[..., Any]
+    load_layout: SlotLoadLayout
+    temp_bytes: int
+    """Most temporary memory of any program, from XLA's memory analysis."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Trace, lower and compile time of each program."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSpec:
+    """Everything that the programs' shapes follow from."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    layouts: Sequence[StepLayout]
+    attention: AttentionImplementation
+    max_model_len: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.layouts[0].num_slots
+
+
+def use_compilation_cache(directory: Path) -> None:
+    """Turns on JAX's persistent cache for every program, however quick.
+
+    Its entries are native code, so the directory must be the user's own and
+    closed to others. Raises ConfigError otherwise.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"--compilation-cache-dir {directory} cannot be used ({error.strerror}); "
+            "give a directory that you can write"
+        ) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise ConfigError(f"--compilation-cache-dir {directory} must be a directory that you own")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise ConfigError(
+            f"--compilation-cache-dir {directory} holds native code and is open to others; "
+            f"run: chmod 700 {directory}"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class ProgramBuild:
+    """A compilation that runs in threads while the weights load."""
+
+    def __init__(self, spec: ProgramSpec) -> None:
+        self._spec = spec
+        # XLA compiles outside the GIL; the largest bucket goes first.
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile")
+        layouts = sorted(spec.layouts, key=lambda layout: -layout.num_rows)
+        self._steps = {
+            layout.num_rows: self._pool.submit(_timed, partial(_compile_step, spec, layout))
+            for layout in layouts
+        }
+        self._load_layout = SlotLoadLayout(spec.config.vocab_size, spec.max_model_len)
+        self._load_slot = self._pool.submit(_timed, self._compile_load_slot)
+        self._pool.shutdown(wait=False)
+
+    def result(self) -> Programs:
+        """Waits for all programs."""
+        seconds = {f"compile step of {rows} rows": f.result()[1] for rows, f in self._steps.items()}
+        seconds["compile slot load"] = self._load_slot.result()[1]
+        futures: list[Future[tuple[Any, float]]] = [*self._steps.values(), self._load_slot]
+        return Programs(
+            steps={rows: future.result()[0] for rows, future in self._steps.items()},
+            layouts={layout.num_rows: layout for layout in self._spec.layouts},
+            load_slot=self._load_slot.result()[0],
+            load_layout=self._load_layout,
+            temp_bytes=max(_temp_bytes(future.result()[0]) for future in futures),
+            seconds=seconds,
+        )
+
+    def _compile_load_slot(self) -> Any:
+        spec = self._spec
+        slots = slot_state_shapes(spec.num_slots, spec.config.vocab_size)
+        vector = jax.ShapeDtypeStruct((self._load_layout.size,), jnp.int32)
+        program = jax.jit(partial(load_slot, layout=self._load_layout), donate_argnums=0)
+        return program.lower(slots, vector).compile()
+
+
+def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:
+    step = make_step(spec.config, layout, spec.attention)
+    params = get_family(spec.config.family).abstract_params(spec.config, spec.dtype)
+    pool_shape = kv_pool_shape(spec.config, layout.num_pages, layout.tiling.page_size)
+    return (
+        jax.jit(step, donate_argnums=(1, 2))
+        .lower(
+            params,
+            jax.ShapeDtypeStruct(pool_shape, spec.dtype),
+            slot_state_shapes(layout.num_slots, spec.config.vocab_size),
+            jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+        )
+        .compile()
+    )
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = perf_counter()
+    result = work()
+    return result, perf_counter() - start
+
+
+def _temp_bytes(program: Any) -> int:
+    analysis = program.memory_analysis()
+    return int(analysis.temp_size_in_bytes) if analysis is not None else 0

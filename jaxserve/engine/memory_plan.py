@@ -1,0 +1,102 @@
+"""MemoryPlan: where the memory goes, checked before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+import psutil
+
+from jaxserve.errors import ConfigError
+from models.config import ModelConfig
+from models.ops.attention.kv_pool import page_bytes
+
+CPU_POOL_SEQUENCES = 16
+"""Full-length sequences that the default pool of a CPU holds..."""
+CPU_POOL_FRACTION = 0.25
+"""...but at most this share of the memory that is available."""
+GPU_POOL_FRACTION = 0.85
+"""Share of the device memory left after the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """All in bytes."""
+
+    weights_bytes: int
+    kv_pool_bytes: int
+    slots_bytes: int
+    temp_bytes: int
+    available_bytes: int
+    """Free on the device when the engine started."""
+    num_pages: int
+
+    @property
+    def headroom_bytes(self) -> int:
+        used = self.weights_bytes + self.kv_pool_bytes + self.slots_bytes + self.temp_bytes
+        return self.available_bytes - used
+
+    def check(self) -> None:
+        """Raises ConfigError when it cannot fit."""
+        if self.headroom_bytes < 0:
+            raise ConfigError(
+                f"the engine needs {format_bytes(self.available_bytes - self.headroom_bytes)} "
+                f"(weights {format_bytes(self.weights_bytes)}, KV pool "
+                f"{format_bytes(self.kv_pool_bytes)}, slots {format_bytes(self.slots_bytes)}, "
+                f"temporaries {format_bytes(self.temp_bytes)}) but only "
+                f"{format_bytes(self.available_bytes)} are free: lower --kv-cache-bytes, "
+                "--max-num-seqs or --max-model-len, or choose a smaller --dtype"
+            )
+
+
+def tree_bytes(tree: object) -> int:
+    """Bytes of a pytree of (abstract) arrays."""
+    return sum(
+        int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def available_bytes(device: jax.Device) -> int:
+    """Memory that can still be taken on this device."""
+    if device.platform == "cpu":
+        return int(psutil.virtual_memory().available)
+    stats = device.memory_stats() or {}
+    return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
+
+
+def choose_num_pages(
+    config: ModelConfig,
+    *,
+    page_size: int,
+    dtype: np.dtype,
+    max_model_len: int,
+    max_num_seqs: int,
+    kv_cache_bytes: int | None,
+    weights_bytes: int,
+    device: jax.Device,
+) -> int:
+    """Pages that fit the asked bytes, or the platform's default."""
+    one_page = page_bytes(config, page_size, dtype)
+    pages_per_seq = -(-max_model_len // page_size)
+    if kv_cache_bytes is None:
+        free = available_bytes(device)
+        if device.platform == "cpu":
+            wanted = CPU_POOL_SEQUENCES * pages_per_seq * one_page
+            kv_cache_bytes = min(wanted, int(CPU_POOL_FRACTION * free))
+        else:
+            kv_cache_bytes = int(GPU_POOL_FRACTION * (free - weights_bytes))
+    # More than every slot at full length would never be used.
+    most = max_num_seqs * pages_per_seq * 2
+    # One page is spare, see `kv_pool`.
+    return max(0, min(kv_cache_bytes // one_page - 1, most))
+
+
+def format_bytes(num_bytes: int) -> str:
+    """A size for people, e.g. `1.5 GiB`."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

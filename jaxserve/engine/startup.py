@@ -1,0 +1,207 @@
+"""Start-up: from an EngineConfig to an engine that has run a real step.
+
+The model's header is read first; then the weights load while XLA compiles
+every program from abstract shapes. The engine is READY only after each
+program has run once and a prompt has been through a real step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.engine.compilation import (
+    CompileCounter,
+    ProgramBuild,
+    Programs,
+    ProgramSpec,
+    use_compilation_cache,
+)
+from jaxserve.engine.config import EngineConfig
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.jax_executor import JaxExecutor
+from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, tree_bytes
+from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.settings import EngineSettings, resolve_settings
+from jaxserve.engine.slots import SlotState, slot_state_shapes
+from jaxserve.engine.step import Params
+from jaxserve.model_store import resolve
+from models.loading import ModelSource, open_model
+from models.ops.attention.kv_pool import kv_pool_shape
+from models.registry import get_family
+
+if TYPE_CHECKING:
+    from models.tokenizer import Tokenizer
+
+OnPhase = Callable[[str, float], None]
+"""Called with a phase's name and seconds when it ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartupReport:
+    """What the start-up table shows."""
+
+    model_name: str
+    device: str
+    settings: EngineSettings
+    memory: MemoryPlan
+    phases: Mapping[str, float]
+    """Name -> seconds; phases under "compile" overlap "load weights"."""
+    ready_s: float
+    """From the call to READY."""
+    num_compiles: int
+    """Programs asked of XLA before READY (hits in the persistent cache too)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningEngine:
+    engine: Engine
+    tokenizer: Tokenizer
+    model_source: ModelSource
+    report: StartupReport
+    compiles: CompileCounter
+
+    def close(self) -> None:
+        """Stops the engine at once."""
+        self.engine.stop()
+        self.compiles.close()
+
+
+@dataclass(slots=True)
+class _Phases:
+    on_phase: OnPhase | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.record(name, perf_counter() - start)
+
+    def record(self, name: str, seconds: float) -> None:
+        self.seconds[name] = seconds
+        if self.on_phase is not None:
+            self.on_phase(name, seconds)
+
+
+def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> RunningEngine:
+    """Starts an engine and returns it READY.
+
+    Raises ConfigError (or another JaxserveError, or the loaders' ValueError)
+    whose message holds the fix.
+    """
+    start = perf_counter()
+    phases = _Phases(on_phase)
+    with phases.time("find model"):
+        source = open_model(resolve(config.model))
+    with phases.time("start device"):
+        device = jax.devices()[0]
+    settings = resolve_settings(config, source.config, device)
+    use_compilation_cache(settings.cache_dir)
+    free_bytes = available_bytes(device)
+    counter = CompileCounter()
+    build = ProgramBuild(_program_spec(settings))
+    with phases.time("load tokenizer"):
+        tokenizer = source.load_tokenizer()
+    with phases.time("load weights"):
+        params = source.load_params(settings.dtype)
+    with phases.time("wait for compiler"):
+        programs = build.result()
+    for name, seconds in programs.seconds.items():
+        phases.record(name, seconds)
+    memory = _memory_plan(settings, programs, free_bytes)
+    memory.check()
+    with phases.time("allocate"):
+        executor = _make_executor(settings, programs, params)
+    with phases.time("first steps"):
+        _run_first_steps(settings, executor)
+    num_compiles = counter.count
+    engine = Engine(
+        Scheduler(settings.scheduler),
+        executor,
+        tokenizer,
+        settings.model_config,
+        count_compiles=lambda: counter.count - num_compiles,
+    )
+    engine.start()
+    report = StartupReport(
+        model_name=source.name,
+        device=f"{device.platform}: {device.device_kind}",
+        settings=settings,
+        memory=memory,
+        phases=phases.seconds,
+        ready_s=perf_counter() - start,
+        num_compiles=num_compiles,
+    )
+    return RunningEngine(engine, tokenizer, source, report, counter)
+
+
+def build_executor(settings: EngineSettings, params: Params, *, depth: int = 2) -> JaxExecutor:
+    """Compiles every program and allocates the pool, without an engine."""
+    programs = ProgramBuild(_program_spec(settings)).result()
+    return _make_executor(settings, programs, params, depth=depth)
+
+
+def _program_spec(settings: EngineSettings) -> ProgramSpec:
+    return ProgramSpec(
+        config=settings.model_config,
+        dtype=settings.dtype,
+        layouts=settings.layouts(),
+        attention=settings.attention,
+        max_model_len=settings.scheduler.max_model_len,
+    )
+
+
+def _memory_plan(settings: EngineSettings, programs: Programs, free_bytes: int) -> MemoryPlan:
+    config, scheduler = settings.model_config, settings.scheduler
+    pool = jax.ShapeDtypeStruct(
+        kv_pool_shape(config, scheduler.num_pages, scheduler.page_size), settings.dtype
+    )
+    return MemoryPlan(
+        weights_bytes=tree_bytes(get_family(config.family).abstract_params(config, settings.dtype)),
+        kv_pool_bytes=tree_bytes(pool),
+        slots_bytes=tree_bytes(slot_state_shapes(scheduler.max_num_seqs, config.vocab_size)),
+        temp_bytes=programs.temp_bytes,
+        available_bytes=free_bytes,
+        num_pages=scheduler.num_pages,
+    )
+
+
+def _make_executor(
+    settings: EngineSettings, programs: Programs, params: Params, *, depth: int = 2
+) -> JaxExecutor:
+    config, scheduler = settings.model_config, settings.scheduler
+    with jax.default_device(settings.device):
+        kv_pool = jnp.zeros(
+            kv_pool_shape(config, scheduler.num_pages, scheduler.page_size), settings.dtype
+        )
+        shapes = slot_state_shapes(scheduler.max_num_seqs, config.vocab_size)
+        slots: SlotState = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return JaxExecutor(programs, params, kv_pool, slots, depth=depth)
+
+
+def _run_first_steps(settings: EngineSettings, executor: JaxExecutor) -> None:
+    """A short prompt through every bucket, on page 0 of slot 0."""
+    for step_id, rows in enumerate(settings.scheduler.buckets):
+        num_tokens = min(rows, settings.scheduler.page_size, settings.scheduler.max_model_len - 1)
+        token_ids = (0,) * num_tokens
+        load = SlotLoad(
+            slot=0,
+            request_id="first-step",
+            sampling=SamplingParams(temperature=0.0),
+            seed=0,
+            prompt_token_ids=token_ids,
+            output_token_ids=(),
+            stop_token_ids=(),
+        )
+        chunk = Chunk("first-step", 0, 0, num_tokens, token_ids, True, new_pages=(0,))
+        executor.submit(StepPlan(step_id, rows, (), (chunk,), slot_loads=(load,)))
+        executor.next_completion()

@@ -1,0 +1,124 @@
+"""The step: one pure function, compiled ahead of time once per bucket.
+
+    step(params, kv_pool, slots, inputs) -> (kv_pool, slots, outputs)
+
+`kv_pool` and `slots` are donated and updated in place. Shapes, dtypes and the
+structure of every argument are the same for every plan of a bucket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxserve.engine.plan import StepResults
+from jaxserve.engine.sampler import SampleOutput, sample
+from jaxserve.engine.slots import SlotState
+from jaxserve.engine.step_inputs import TAKE_FROM_SLOT, StepLayout
+from models.config import ModelConfig
+from models.ops.attention.kv_pool import write_rows
+from models.ops.attention.registry import AttentionImplementation
+from models.registry import get_family
+
+Params = Any
+"""The model's pytree of weights."""
+
+StepFunction = Callable[
+    [Params, jax.Array, SlotState, jax.Array], tuple[jax.Array, SlotState, jax.Array]
+]
+
+
+def make_step(
+    config: ModelConfig, layout: StepLayout, attention: AttentionImplementation
+) -> StepFunction:
+    """Builds the step of one bucket.
+
+    Its arguments: params; kv_pool `[L, P + 1, page_size, 2, K, D]`; slots;
+    inputs int32 `[layout.size]`. Its last result is int32
+    `[N, 3 + 2 * num_top]`, see `unpack_outputs`.
+    """
+    family = get_family(config.family)
+
+    def step(
+        params: Params, kv_pool: jax.Array, slots: SlotState, inputs: jax.Array
+    ) -> tuple[jax.Array, SlotState, jax.Array]:
+        parts = layout.unpack(inputs)
+        work = layout.attention_work(parts)
+        live_slots = jnp.minimum(work.row_slots, layout.num_slots - 1)
+        from_slot = parts["tokens"] == TAKE_FROM_SLOT
+        tokens = jnp.where(from_slot, slots.last_token[live_slots], parts["tokens"])
+
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, layer_index: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            pool = write_rows(pool, k, v, layer_index, work)
+            out = attention.call(
+                q,
+                pool,
+                layer_index,
+                work,
+                tiling=layout.tiling,
+                sliding_window=config.sliding_window,
+            )
+            return out, pool
+
+        x = family.embed(params, config, tokens)
+        x, kv_pool = family.run_layers(params, config, x, work.row_positions, kv_pool, attend)
+        rows = parts["sample_rows"]
+        targets = parts["sample_targets"]
+        logits = family.logits(params, config, x[rows])
+        # The drawn token stands one position after the row that predicts it.
+        output = sample(logits, slots, live_slots[rows], work.row_positions[rows] + 1, targets)
+        slots = _record(slots, output.token_ids, live_slots[rows], targets)
+        return kv_pool, slots, _pack_outputs(output)
+
+    return step
+
+
+def _record(
+    slots: SlotState, token_ids: jax.Array, row_slots: jax.Array, targets: jax.Array
+) -> SlotState:
+    """Stores the drawn tokens as last tokens and counts them."""
+    num_slots = slots.last_token.shape[0]
+    target_slots = jnp.where(targets == -1, row_slots, num_slots)
+    return dataclasses.replace(
+        slots,
+        last_token=slots.last_token.at[target_slots].set(token_ids, mode="drop"),
+        token_counts=slots.token_counts.at[target_slots, token_ids].add(1, mode="drop"),
+    )
+
+
+def _pack_outputs(output: SampleOutput) -> jax.Array:
+    """One int32 array, so that a step costs one device-to-host copy."""
+    as_int = lambda x: lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    return jnp.concatenate(
+        [
+            output.token_ids[:, None],
+            as_int(output.logprobs)[:, None],
+            output.ranks[:, None],
+            output.top_ids,
+            as_int(output.top_logprobs),
+        ],
+        axis=1,
+    )
+
+
+def unpack_outputs(step_id: int, outputs: np.ndarray, num_live: int) -> StepResults:
+    """The host's view of a step's int32 output `[N, 3 + 2 * num_top]`."""
+    live = outputs[:num_live]
+    num_top = (outputs.shape[1] - 3) // 2
+    floats = live.view(np.float32)
+    return StepResults(
+        step_id=step_id,
+        token_ids=live[:, 0],
+        logprobs=floats[:, 1],
+        ranks=live[:, 2],
+        top_ids=live[:, 3 : 3 + num_top],
+        top_logprobs=floats[:, 3 + num_top :],
+    )

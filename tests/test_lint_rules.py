@@ -52,7 +52,7 @@ def offences(source: str, path: str) -> list[str]:
         for rule in (_layer_rule, _pickle_rule, _call_rule, _global_rule)
         for text in rule(node, path, names)
     ]
-    found += list(_environment_rule(tree, path, names))
+    found += list(_environment_rule(tree, names))
     return [f"{path}:{line}: {text}" for line, text in sorted(found)]
 
 
@@ -122,11 +122,9 @@ def _global_rule(node: ast.AST, _path: str, _names: dict[str, str]) -> Iterator[
         yield f"global {', '.join(node.names)}"
 
 
-def _environment_rule(
-    tree: ast.Module, path: str, names: dict[str, str]
-) -> Iterator[tuple[int, str]]:
-    """Named reads may name a place of the user's; tools may hand the whole
-    environment to a subprocess; assignments are not reads."""
+def _environment_rule(tree: ast.Module, names: dict[str, str]) -> Iterator[tuple[int, str]]:
+    """Named reads may name a place of the user's; a subprocess may be handed the
+    whole environment (`env={**os.environ, ...}`); assignments are not reads."""
     named: set[ast.AST] = set()
     for node in ast.walk(tree):
         key: ast.AST | None = None
@@ -141,14 +139,15 @@ def _environment_rule(
                 key, source = node.args[0], node.func
             elif called in ("os.environ.get", "os.environ.setdefault", "os.environ.pop"):
                 key, source = node.args[0], node.func.value  # type: ignore[attr-defined]
+        elif isinstance(node, ast.keyword) and node.arg == "env":
+            named.update(ast.walk(node.value))
         if key is not None:
             named.add(source)
             variable = key.value if isinstance(key, ast.Constant) else ast.unparse(key)
             if variable not in READABLE_VARIABLES:
                 yield node.lineno, f"reads the environment variable {variable}"
     for node in ast.walk(tree):
-        is_reference = isinstance(node, ast.Attribute | ast.Name) and node not in named
-        if is_reference and not path.startswith("tools/"):
+        if isinstance(node, ast.Attribute | ast.Name) and node not in named:
             name = _dotted(node, names)
             if name in ("os.environ", "os.environb", "os.getenv"):
                 yield node.lineno, f"uses {name} as a whole"
@@ -202,6 +201,7 @@ def test_code_base_keeps_the_rules() -> None:
         ("import os\nos.getenv(name)", "models/x.py"),
         ("from os import environ\nenviron.get('FAST')", "models/x.py"),
         ("import os\n'FAST' in os.environ", "models/x.py"),
+        ("import os\nrun(env={'A': os.environ.get('FAST')})", "models/x.py"),
     ],
 )
 def test_planted_offence_is_found(source: str, path: str) -> None:
@@ -213,7 +213,7 @@ def test_planted_offence_is_found(source: str, path: str) -> None:
     [
         ("import numpy as np\nnp.load(f, allow_pickle=False)", "checkpoint/x.py"),
         ("import os\nos.environ.get('XDG_CACHE_HOME')", "jaxserve/x.py"),
-        ("import os\nrun(env={**os.environ, 'A': 'b'})", "tools/x.py"),
+        ("import os\nrun(env={**os.environ, 'A': 'b'})", "jaxserve/x.py"),
         ("import os\nos.environ['A'] = 'b'", "jaxserve/x.py"),
         ("import jax", "jaxserve/engine/step.py"),
         ("from checkpoint.errors import FormatError", "models/x.py"),

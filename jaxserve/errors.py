@@ -34,3 +34,7 @@ class QueueFull(JaxserveError):
 
 class NotAccepting(JaxserveError):
     """The engine drains or has stopped and takes no new requests."""
+
+
+class StreamTooSlow(JaxserveError):
+    """A client reads its stream slower than tokens are made; it was cancelled."""

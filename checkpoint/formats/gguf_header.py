@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -32,8 +33,10 @@ claiming a terabyte of metadata."""
 
 SUPPORTED_TYPES = frozenset(
     GGMLQuantizationType[name]
-    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-    + ("Q4_K", "Q5_K", "Q6_K")
+    for name in (
+        *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+        *("Q4_K", "Q5_K", "Q6_K"),
+    )
 )
 
 _SCALARS: Mapping[int, tuple[str, str]] = {
@@ -263,7 +266,7 @@ def _place_tensors(
             entry.name, entry.shape, entry.type, start, entry.num_bytes
         )
     ordered = sorted(tensors.values(), key=lambda entry: entry.offset)
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if before.offset + before.num_bytes > after.offset:
             raise FormatError(f"GGUF tensors {before.name!r} and {after.name!r} overlap")
     return tensors

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -27,15 +26,13 @@ _LLAMA3_SPLIT = (
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def config_from_gguf(
-    metadata: Mapping[str, Any], tensor_names: Collection[str] | None = None
-) -> ModelConfig:
+def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Collection[str]) -> ModelConfig:
     """ModelConfig of a GGUF file.
 
     Args:
         metadata: `GgufFile.metadata`.
-        tensor_names: names in the file. The head is tied to the embedding when
-            they lack `output.weight`; without them it is taken as tied.
+        tensor_names: `GgufFile.names()`; some features show only there, such as
+            a head tied to the embedding (no `output.weight`).
 
     Raises FormatError for an architecture or a feature that is not supported,
     and for metadata that is missing or of the wrong type.
@@ -48,7 +45,7 @@ def config_from_gguf(
         )
     if reader.integer("llama.expert_count", 0):
         raise FormatError("GGUF models with experts (llama.expert_count) are not supported")
-    names = frozenset(tensor_names or ())
+    names = frozenset(tensor_names)
     if "rope_freqs.weight" in names:
         raise FormatError(
             "this GGUF file scales its rotary embedding by a rope_freqs.weight tensor "
@@ -83,20 +80,6 @@ def config_from_gguf(
         bos_token_id=_bos_token_id(reader),
         eos_token_ids=_eos_token_ids(reader),
     )
-
-
-def rows_from_gguf(weight: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
-    """Puts a query or key projection back into Hugging Face's row order.
-
-    GGUF's llama files hold the rows of a head so that the rotary embedding
-    turns neighbours; Hugging Face's turns row i with row i + D/2.
-
-    Args:
-        weight: `[num_heads * D, E]`, or `[num_heads * D]` for a bias.
-        num_heads: H for a query, K for a key.
-    """
-    pairs = weight.reshape(num_heads, -1, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:

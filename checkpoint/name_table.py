@@ -48,7 +48,7 @@ def unpermute_rope(num_heads: int) -> Transform:
         return rows.swapaxes(1, 2).reshape(array.shape)
 
     def half(array: Array) -> int:
-        return array.shape[0] // num_heads // 2
+        return int(array.shape[0]) // num_heads // 2
 
     return Transform(
         f"unpermute_rope({num_heads})",

@@ -16,7 +16,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     """Row-major; a matrix is `[out, in]`."""
     dtype: str
-    """The dtype that `read` gives, e.g. "float32" or "bfloat16"."""
+    """The dtype in the file, e.g. "float32", "bfloat16", or a quantisation such as "Q4_1"."""
 
 
 class TensorSource(Protocol):

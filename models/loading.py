@@ -1,0 +1,138 @@
+"""open_model: a GGUF file or a Hugging Face folder, ready to load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy.typing as npt
+from jax.typing import DTypeLike
+
+from checkpoint.errors import FormatError
+from checkpoint.formats.gguf import GgufFile
+from checkpoint.formats.safetensors import SafetensorsFolder
+from checkpoint.name_table import NameTable
+from checkpoint.param_loading import Progress, load_params
+from checkpoint.tensor_source import TensorSource
+from models.config import ModelConfig
+from models.gguf_model import config_from_gguf, tokenizer_from_gguf
+from models.hf_config import config_from_hf
+from models.llama import Params
+from models.registry import ModelFamily, get_family
+from models.tokenizer import Tokenizer
+
+MAX_JSON_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk whose config is known and whose weights are not read yet."""
+
+    name: str
+    """Short name for people: the folder's name, or the file's without its ending."""
+    path: Path
+    config: ModelConfig
+    tensors: TensorSource
+    convention: str
+    """Key of the family's `name_tables`: "hf" or "gguf"."""
+    read_tokenizer: Callable[[], Tokenizer]
+
+    @property
+    def family(self) -> ModelFamily:
+        """The family that runs this model."""
+        return get_family(self.config.family)
+
+    @property
+    def name_table(self) -> NameTable:
+        """Which tensor of the file is which parameter."""
+        return self.family.name_tables[self.convention](self.config)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises FormatError if it is missing or not supported."""
+        return self.read_tokenizer()
+
+    def load_params(
+        self,
+        dtype: DTypeLike,
+        progress: Progress | None = None,
+        place: Callable[[npt.NDArray[Any]], jax.Array] = jax.device_put,
+    ) -> Params:
+        """All parameters in `dtype`, as the family's pytree.
+
+        Args:
+            dtype: of every leaf, e.g. `jnp.float32`.
+            progress: called as `progress(done_bytes, total_bytes)`, from this thread.
+            place: puts one leaf, a host array, on the device or mesh.
+
+        Raises:
+            FormatError: the tensors do not fit the config; the message lists them.
+        """
+        abstract = self.family.abstract_params(self.config, dtype)
+        return load_params(self.tensors, self.name_table, abstract, place=place, progress=progress)
+
+
+def open_model(path: str | Path) -> ModelSource:
+    """Read a model's config and tensor headers, not its weights.
+
+    Args:
+        path: a `.gguf` file, or a folder with `config.json` and safetensors files.
+
+    Raises:
+        FormatError: not a model, or one that is not supported; the message says why.
+        FileNotFoundError: nothing is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {path}; give a GGUF file or a Hugging Face folder")
+    if path.suffix.lower() != ".gguf":
+        raise FormatError(
+            f"{path.name} is not a model: give a .gguf file, or the folder that holds "
+            "config.json and *.safetensors"
+        )
+    return _open_gguf(path)
+
+
+def _open_gguf(path: Path) -> ModelSource:
+    file = GgufFile(path)
+    return ModelSource(
+        name=path.stem,
+        path=path,
+        config=config_from_gguf(file.metadata, file.names()),
+        tensors=file,
+        convention="gguf",
+        read_tokenizer=lambda: tokenizer_from_gguf(file.metadata),
+    )
+
+
+def _open_folder(path: Path) -> ModelSource:
+    fields = _read_json(path / "config.json")
+    if fields is None:
+        raise FormatError(f"{path} holds no config.json, so it is not a Hugging Face model folder")
+    return ModelSource(
+        name=path.resolve().name,
+        path=path,
+        config=config_from_hf(fields, _read_json(path / "generation_config.json")),
+        tensors=SafetensorsFolder(path),
+        convention="hf",
+        read_tokenizer=lambda: Tokenizer.from_folder(path),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise FormatError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise FormatError(f"{path.name} must hold a JSON object")
+    return fields

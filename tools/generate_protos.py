@@ -14,8 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import grpc_tools
-from grpc_tools import protoc
+import grpc_tools  # type: ignore[import-untyped]
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+from grpc_tools import protoc  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("v1",)
@@ -24,6 +25,7 @@ VERSIONS = ("v1",)
 def generate(out: Path) -> list[Path]:
     """Compiles every .proto file into `out` and returns the files written."""
     bundled = Path(grpc_tools.__file__).parent / "_proto"
+    descriptors = out / "descriptors.bin"
     for version in VERSIONS:
         # Mapping the folder to a package of ours makes the generated imports
         # right; `jaxserve.v1` stays the name on the wire.
@@ -34,11 +36,62 @@ def generate(out: Path) -> list[Path]:
             f"--python_out={out}",
             f"--pyi_out={out}",
             f"--grpc_python_out={out}",
+            f"--descriptor_set_out={descriptors}",
             *(f"jaxserve/proto/{version}/{source.name}" for source in sources),
         ]
         if protoc.main(["protoc", *arguments]) != 0:
             sys.exit("protoc failed; its message is above")
+        for file in FileDescriptorSet.FromString(descriptors.read_bytes()).file:
+            stub = out / file.name.replace(".proto", "_pb2_grpc.pyi")
+            stub.write_text(service_types(file))
+        descriptors.unlink()
+        for stub in out.rglob("*_pb2.pyi"):
+            # protoc writes a bare `Mapping`.
+            stub.write_text(f'# mypy: disable-error-code="type-arg"\n{stub.read_text()}')
     return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def service_types(file: FileDescriptorProto) -> str:
+    """Types of the stubs and servicers of one file, which protoc leaves out.
+
+    The stub's are those of a synchronous channel.
+    """
+    module = file.name.removesuffix(".proto").replace("/", ".") + "_pb2"
+    package, _, name = module.rpartition(".")
+    lines = [
+        f'"""Generated from {file.name} by tools/generate_protos.py: do not edit."""',
+        "",
+        "from typing import Any",
+        "",
+        "import grpc",
+        "import grpc.aio",
+        "",
+        f"from {package} import {name} as pb",
+    ]
+    for service in file.service:
+        lines += ["", f"class {service.name}Stub:"]
+        lines.append(
+            "    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ..."
+        )
+        for method in service.method:
+            kind = "UnaryStream" if method.server_streaming else "UnaryUnary"
+            arguments = f"{_type(method.input_type)}, {_type(method.output_type)}"
+            lines.append(f"    {method.name}: grpc.{kind}MultiCallable[{arguments}]")
+        lines += ["", f"class {service.name}Servicer:"]
+        for method in service.method:
+            # Any: a handler may be a function, a coroutine or a generator.
+            request = _type(method.input_type)
+            lines.append(
+                f"    def {method.name}(self, request: {request}, context: Any) -> Any: ..."
+            )
+        lines += ["", f"def add_{service.name}Servicer_to_server("]
+        lines.append(f"    servicer: {service.name}Servicer, server: grpc.Server | grpc.aio.Server")
+        lines.append(") -> None: ...")
+    return "\n".join([*lines, ""])
+
+
+def _type(full_name: str) -> str:
+    return f"pb.{full_name.rpartition('.')[2]}"
 
 
 def main() -> None:

@@ -14,8 +14,12 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxserve.engine.request import FinishReason, RequestOutput, TokenLogprobs, Usage
-from jaxserve.engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
-from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.engine.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from jaxserve.errors import InvalidRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
 
@@ -27,13 +31,11 @@ PROMPT_LOGPROBS_A_MESSAGE = 2048
 """Keeps a reply well below the 4 MiB that a gRPC client accepts by default."""
 
 SETTING_GROUPS = ("sampling", "decoding", "stopping", "response")
-_GROUP_TYPES = {
-    name: pb.GenerateRequest.DESCRIPTOR.fields_by_name[name].message_type for name in SETTING_GROUPS
-}
+_FIELDS = pb.GenerateRequest.DESCRIPTOR.fields_by_name
 SETTING_PATHS: Mapping[str, str] = {
     field.name: f"{group}.{field.name}"
-    for group, descriptor in _GROUP_TYPES.items()
-    for field in descriptor.fields
+    for group in SETTING_GROUPS
+    for field in _FIELDS[group].message_type.fields  # type: ignore[union-attr]
 }
 """Name of a `SamplingParams` field -> its path in a `GenerateRequest`."""
 
@@ -76,9 +78,10 @@ def generate_fields() -> list[str]:
 def refuse_unknown_fields(message: Message, path: str = "request") -> None:
     """Raises InvalidRequest when the message, or one inside it, holds a field
     that this version of the protocol does not have."""
-    for unknown in UnknownFieldSet(message):
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
         raise InvalidRequest(
-            path, f"has field number {unknown.field_number}, which this server does not know"
+            path, f"has field number {unknown[0].field_number}, which this server does not know"
         )
     for field, value in message.ListFields():
         if field.message_type is None:
@@ -102,9 +105,8 @@ def check_request(request: pb.GenerateRequest, limits: PromptLimits) -> None:
     ):
         _at_most(f"decoding.{name}", len(values), limits.vocab_size, "entries")
     _at_most("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS, "entries")
-    _at_most(
-        "stopping.stop_token_ids", len(request.stopping.stop_token_ids), MAX_STOP_TOKEN_IDS, "entries"
-    )
+    num_stop_ids = len(request.stopping.stop_token_ids)
+    _at_most("stopping.stop_token_ids", num_stop_ids, MAX_STOP_TOKEN_IDS, "entries")
     for entry in request.decoding.logit_bias:
         if not (entry.HasField("token_id") and entry.HasField("bias")):
             raise InvalidRequest("decoding.logit_bias", "an entry needs a token_id and a bias")
@@ -112,11 +114,6 @@ def check_request(request: pb.GenerateRequest, limits: PromptLimits) -> None:
     _at_most("cache.cache_salt", len(salt), MAX_CACHE_SALT_BYTES, "bytes")
     check_prompt(request, limits)
     refuse_unknown_fields(request)
-    for token_id in request.token_ids.ids:
-        if token_id >= limits.vocab_size:
-            raise InvalidRequest(
-                "token_ids.ids", f"token id {token_id} is outside [0, {limits.vocab_size})"
-            )
 
 
 def check_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, limits: PromptLimits) -> None:
@@ -163,21 +160,26 @@ def check_request_id(request_id: str, field: str = "request_id") -> str:
 def sampling_params(request: pb.GenerateRequest) -> SamplingParams:
     """The settings that are present; the others keep their defaults. Their
     values are checked by `SamplingParams.validate`."""
-    settings: dict[str, Any] = {}
-    for group in SETTING_GROUPS:
-        # ListFields tells "present and 0" from "absent".
-        for field, value in getattr(request, group).ListFields():
-            if field.name == "logit_bias":
-                value = tuple((entry.token_id, entry.bias) for entry in value)
-            elif field.name == "allowed_token_ids":
-                value = tuple(value.ids)
-            elif field.is_repeated:
-                value = tuple(value)
-            settings[field.name] = value
-    return SamplingParams(**settings)
+    return SamplingParams(
+        **{
+            field.name: _plain(field.name, value)
+            for group in SETTING_GROUPS
+            # ListFields tells "present and 0" from "absent".
+            for field, value in getattr(request, group).ListFields()
+        }
+    )
 
 
-def client_field(field: str, request: pb.GenerateRequest) -> str:
+def _plain(name: str, value: Any) -> Any:
+    if name == "logit_bias":
+        return tuple((entry.token_id, entry.bias) for entry in value)
+    if name == "allowed_token_ids":
+        return tuple(value.ids)
+    is_scalar = isinstance(value, bool | int | float | str)
+    return value if is_scalar else tuple(value)
+
+
+def client_field(field: str, request: pb.GenerateRequest | pb.TokenizeRequest) -> str:
     """The path that the client wrote for a field that the engine names."""
     if field in SETTING_PATHS:
         return SETTING_PATHS[field]
@@ -220,7 +222,7 @@ def generate_request(
     return request
 
 
-def prompt_fields(prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> dict[str, Message]:
+def prompt_fields(prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The member of the `prompt` oneof for a prompt of any kind."""
     if isinstance(prompt, str):
         return {"text": pb.TextPrompt(text=prompt)}

@@ -1,0 +1,177 @@
+"""A small client of a jaxserve server.
+
+with Client("127.0.0.1:50051") as client:
+    for delta in client.generate("Once upon a time", temperature=0, max_tokens=32):
+        print(delta.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxserve.engine.request import RequestOutput
+from jaxserve.errors import InvalidRequest, JaxserveError, NotAccepting, QueueFull
+from jaxserve.proto.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from jaxserve.server import convert
+from jaxserve.server.metadata import FIELD_KEY, REQUEST_ID_KEY
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
+
+MAX_MESSAGE_BYTES = 64 << 20
+POLL_S = 0.1
+
+
+class Generation:
+    """An answer on its way: iterate over its deltas, once.
+
+    Each delta is a `RequestOutput`; the last one has `finish_reason` and
+    `usage`. Leaving the `with` block early cancels the request.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    @property
+    def request_id(self) -> str:
+        """The server's id of the request; waits until it has one."""
+        try:
+            metadata = self._call.initial_metadata()
+        except grpc.RpcError as error:
+            raise _mendable(error) from error
+        return next((value for key, value in metadata if key == REQUEST_ID_KEY), "")
+
+    def cancel(self) -> None:
+        """Ends the request; iteration then stops without a last delta."""
+        self._call.cancel()
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        request_id = ""
+        try:
+            for response in self._call:
+                request_id = request_id or self.request_id
+                yield convert.request_output(response, request_id)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.CANCELLED:
+                raise _mendable(error) from error
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+
+class Client:
+    """One connection, usable from several threads.
+
+    Raises InvalidRequest (with the field), QueueFull, NotAccepting (also when
+    nothing listens) and TimeoutError; any other status stays a grpc.RpcError.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:50051") -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        )
+        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
+        self._control = control_pb2_grpc.ControlStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Starts a request. `settings` are fields of `SamplingParams`."""
+        request = convert.generate_request(
+            prompt, request_id=request_id, cache_salt=cache_salt, **settings
+        )
+        return Generation(self._inference.Generate(request, timeout=timeout_s))
+
+    def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids that `generate` would use."""
+        request = inference_pb2.TokenizeRequest(**convert.prompt_fields(prompt))  # type: ignore[arg-type]
+        return list(_unary(self._inference.Tokenize, request).token_ids)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request by id. False when no such request runs or waits."""
+        response = _unary(self._inference.Abort, inference_pb2.AbortRequest(request_id=request_id))
+        return bool(response.outcome == inference_pb2.ABORT_OUTCOME_ABORTED)
+
+    def server_info(self) -> control_pb2.GetServerInfoResponse:
+        return _unary(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())  # type: ignore[no-any-return]
+
+    def model_info(self) -> control_pb2.GetModelInfoResponse:
+        return _unary(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())  # type: ignore[no-any-return]
+
+    def load(self) -> control_pb2.GetLoadResponse:
+        return _unary(self._control.GetLoad, control_pb2.GetLoadRequest())  # type: ignore[no-any-return]
+
+    def is_serving(self) -> bool:
+        """Whether the health service says SERVING; False when nothing answers."""
+        try:
+            response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.RpcError:
+            return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def wait_until_serving(self, timeout_s: float) -> None:
+        """Raises TimeoutError when the server is not SERVING by then."""
+        end_s = time.monotonic() + timeout_s
+        while not self.is_serving():
+            if time.monotonic() > end_s:
+                raise TimeoutError(f"{self.address} is not serving after {timeout_s:g} s")
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _unary(method: Any, request: Any) -> Any:
+    try:
+        return method(request)
+    except grpc.RpcError as error:
+        raise _mendable(error) from error
+
+
+def _mendable(error: Any) -> Exception:
+    """The exception of ours that a status stands for, or the error itself."""
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        metadata = dict(error.trailing_metadata() or ())
+        field = str(metadata.get(FIELD_KEY, "request"))
+        return InvalidRequest(field, details.removeprefix(f"{field}: "))
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimeoutError(details)
+    kinds: dict[Any, type[JaxserveError]] = {
+        grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
+        grpc.StatusCode.UNAVAILABLE: NotAccepting,
+    }
+    return kinds[code](details) if code in kinds else error

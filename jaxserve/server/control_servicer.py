@@ -1,0 +1,87 @@
+"""Control: GetServerInfo, GetModelInfo, GetLoad."""
+
+from __future__ import annotations
+
+import jaxserve
+from jaxserve.proto.v1 import control_pb2 as pb
+from jaxserve.proto.v1 import control_pb2_grpc
+from jaxserve.server import convert
+from jaxserve.server.state import Phase, ServerState
+from jaxserve.server.status import Context, end_with_status
+
+SCHEMA_REVISION = 1
+
+_STATES = {
+    Phase.STARTING: pb.SERVER_STATE_STARTING,
+    Phase.READY: pb.SERVER_STATE_READY,
+    Phase.DEGRADED: pb.SERVER_STATE_DEGRADED,
+    Phase.DRAINING: pb.SERVER_STATE_DRAINING,
+}
+
+
+class ControlServicer(control_pb2_grpc.ControlServicer):
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        try:
+            convert.refuse_unknown_fields(request)
+            return pb.GetServerInfoResponse(
+                version=jaxserve.__version__,
+                schema_revision=SCHEMA_REVISION,
+                state=_STATES[self._state.phase],
+                uptime_s=self._state.uptime_s,
+                generate_fields=convert.generate_fields(),
+            )
+        except Exception as error:
+            await end_with_status(context, error)
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: pb.GetModelInfoRequest, context: Context
+    ) -> pb.GetModelInfoResponse:
+        try:
+            convert.refuse_unknown_fields(request)
+            serving = self._state.require_serving()
+            card = serving.card
+            return pb.GetModelInfoResponse(
+                name=card.name,
+                family=card.family,
+                vocab_size=card.vocab_size,
+                max_model_len=card.max_model_len,
+                bos_token_id=card.bos_token_id,
+                eos_token_ids=card.eos_token_ids,
+                has_chat_template=serving.tokenizer.has_chat_template,
+                dtype=card.dtype,
+                page_size=card.page_size,
+                num_pages=card.num_pages,
+                max_num_seqs=card.max_num_seqs,
+                token_budget=card.token_budget,
+                buckets=card.buckets,
+                policy=card.policy,
+                max_prompt_bytes=serving.limits.max_prompt_bytes,
+            )
+        except Exception as error:
+            await end_with_status(context, error)
+
+    async def GetLoad(  # noqa: N802
+        self, request: pb.GetLoadRequest, context: Context
+    ) -> pb.GetLoadResponse:
+        try:
+            convert.refuse_unknown_fields(request)
+            load = self._state.require_serving().engine.snapshot()
+            return pb.GetLoadResponse(
+                num_running=load.num_running,
+                num_waiting=load.num_waiting,
+                num_waiting_tokens=load.num_waiting_tokens,
+                num_pages_free=load.num_pages_free,
+                num_pages_cached=load.num_pages_cached,
+                num_pages_total=load.num_pages_total,
+                num_preemptions=load.num_preemptions,
+                num_steps=load.num_steps,
+                last_step_age_s=load.last_step_age_s,
+                num_compiles_after_ready=load.compiles_after_ready,
+            )
+        except Exception as error:
+            await end_with_status(context, error)

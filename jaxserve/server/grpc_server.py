@@ -1,0 +1,86 @@
+"""The gRPC server: services, limits and its port."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jaxserve.errors import ConfigError
+from jaxserve.proto.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.control_servicer import ControlServicer
+from jaxserve.server.health import HealthReporter
+from jaxserve.server.inference_servicer import InferenceServicer
+from jaxserve.server.state import ServerState
+
+KEEPALIVE_S = 60
+KEEPALIVE_TIMEOUT_S = 20
+MIN_CLIENT_PING_INTERVAL_S = 10
+MAX_PING_STRIKES = 3
+
+
+def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
+    """gRPC core's settings, each a limit on what one client can cost."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.so_reuseport", 0),  # A busy port is an error, not a share of it.
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", config.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
+        ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_INTERVAL_S * 1000),
+        ("grpc.http2.max_ping_strikes", MAX_PING_STRIKES),
+    ]
+    if config.max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", int(config.max_connection_age_s * 1000)))
+    return options
+
+
+def create_grpc_server(
+    config: ServerConfig, state: ServerState, health: HealthReporter, workers: Executor
+) -> tuple[grpc.aio.Server, int]:
+    """A server that listens once it is started, and its port.
+
+    Must be called on the running event loop. Raises ConfigError when the port
+    cannot be had.
+    """
+    server = grpc.aio.server(
+        options=channel_options(config), maximum_concurrent_rpcs=config.max_concurrent_calls
+    )
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(state, workers), server)
+    control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(state), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    if config.reflection:
+        names = [
+            *(file.services_by_name[name].full_name for file, name in _SERVICES),
+            reflection.SERVICE_NAME,
+        ]
+        reflection.enable_server_reflection(names, server)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    try:
+        port = server.add_insecure_port(f"{host}:{config.grpc_port}")
+    except RuntimeError as error:
+        raise ConfigError(port_message("--grpc-port", config.host, config.grpc_port)) from error
+    return server, port
+
+
+def port_message(flag: str, host: str, port: int) -> str:
+    return (
+        f"cannot listen on {host}:{port}: another program uses the port, or the address is not "
+        f"this machine's. Choose another with {flag} (0: any free port) or --host"
+    )
+
+
+_SERVICES = (
+    (inference_pb2.DESCRIPTOR, "Inference"),
+    (control_pb2.DESCRIPTOR, "Control"),
+    (health_pb2.DESCRIPTOR, "Health"),
+)

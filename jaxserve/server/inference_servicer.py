@@ -1,0 +1,141 @@
+"""Inference: Generate, Tokenize, Abort."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from concurrent.futures import Executor
+from contextlib import aclosing
+from functools import partial
+
+from jaxserve.engine.request import FinishReason, GenerationRequest
+from jaxserve.errors import InvalidRequest
+from jaxserve.proto.v1 import inference_pb2 as pb
+from jaxserve.proto.v1 import inference_pb2_grpc
+from jaxserve.server import convert
+from jaxserve.server.metadata import REQUEST_ID_KEY
+from jaxserve.server.state import ServerState, Serving
+from jaxserve.server.status import Context, abort_internal, end_with_status
+from models.chat_template import ChatTemplateError
+from models.tokenizer import TokenizerError
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Handlers run on the event loop; text is tokenised on `workers`, so that
+    a long prompt delays nobody's stream."""
+
+    def __init__(self, state: ServerState, workers: Executor) -> None:
+        self._state = state
+        self._workers = workers
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        # Writing to the context, rather than yielding, puts a cancellation
+        # inside this coroutine, so that the engine hears of it at once.
+        request_id = "-"
+        try:
+            request_id = _request_id(request, context)
+            serving = self._state.require_accepting()
+            generation = await self._accept(request, serving, request_id, context)
+            await self._stream(generation, serving, context)
+        except InvalidRequest as error:
+            await end_with_status(context, _in_client_words(error, request))
+        except Exception as error:
+            await end_with_status(context, error, request_id)
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: Context
+    ) -> pb.TokenizeResponse:
+        try:
+            serving = self._state.require_serving()
+            convert.check_prompt(request, serving.limits)
+            convert.refuse_unknown_fields(request)
+            token_ids = await self._token_ids(request, serving)
+            return pb.TokenizeResponse(token_ids=token_ids)
+        except InvalidRequest as error:
+            await end_with_status(context, _in_client_words(error, request))
+        except Exception as error:
+            await end_with_status(context, error)
+
+    async def Abort(  # noqa: N802
+        self, request: pb.AbortRequest, context: Context
+    ) -> pb.AbortResponse:
+        try:
+            convert.refuse_unknown_fields(request)
+            request_id = convert.check_request_id(request.request_id)
+            serving = self._state.require_serving()
+            aborted = serving.engine.abort(request_id, FinishReason.CANCELLED)
+            outcome = pb.ABORT_OUTCOME_ABORTED if aborted else pb.ABORT_OUTCOME_ALREADY_FINISHED
+            return pb.AbortResponse(outcome=outcome)
+        except Exception as error:
+            await end_with_status(context, error)
+
+    async def _accept(
+        self, request: pb.GenerateRequest, serving: Serving, request_id: str, context: Context
+    ) -> GenerationRequest:
+        """The validated, tokenised request. Raises InvalidRequest."""
+        convert.check_request(request, serving.limits)
+        sampling = convert.sampling_params(request)
+        sampling.validate(vocab_size=serving.limits.vocab_size)
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else self._state.clock() + remaining_s
+        if request.WhichOneof("prompt") == "token_ids":
+            token_ids = tuple(request.token_ids.ids)
+        else:
+            token_ids = await self._token_ids(request, serving)
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            deadline_s=deadline_s,
+            cache_salt=request.cache.cache_salt,
+        )
+
+    async def _stream(
+        self, generation: GenerationRequest, serving: Serving, context: Context
+    ) -> None:
+        request_id = generation.request_id
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        async with aclosing(serving.async_engine.generate(generation)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                if output.finish_reason is FinishReason.ERROR:
+                    await abort_internal(context, request_id)
+                for response in convert.responses(output):
+                    await context.write(response)
+
+    async def _token_ids(
+        self, request: pb.GenerateRequest | pb.TokenizeRequest, serving: Serving
+    ) -> tuple[int, ...]:
+        tokenizer = serving.tokenizer
+        if request.WhichOneof("prompt") == "chat":
+            messages = [
+                {"role": message.role, "content": message.content}
+                for message in request.chat.messages
+            ]
+            encode = partial(tokenizer.encode_chat, messages)
+        else:
+            text = request.text
+            add = text.add_special_tokens if text.HasField("add_special_tokens") else True
+            encode = partial(tokenizer.encode, text.text, add_special_tokens=add)
+        try:
+            loop = asyncio.get_running_loop()
+            return tuple(await loop.run_in_executor(self._workers, encode))
+        except (ChatTemplateError, TokenizerError) as error:
+            raise InvalidRequest("prompt", str(error)) from error
+
+
+def _request_id(request: pb.GenerateRequest, context: Context) -> str:
+    """The field, else the metadata, else a new one. Raises InvalidRequest."""
+    if request.HasField("request_id"):
+        return convert.check_request_id(request.request_id)
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY:
+            text = value.decode("latin-1") if isinstance(value, bytes) else value
+            return convert.check_request_id(text, REQUEST_ID_KEY)
+    return uuid.uuid4().hex
+
+
+def _in_client_words(
+    error: InvalidRequest, request: pb.GenerateRequest | pb.TokenizeRequest
+) -> InvalidRequest:
+    message = str(error).removeprefix(f"{error.field}: ")
+    return InvalidRequest(convert.client_field(error.field, request), message)

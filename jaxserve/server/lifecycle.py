@@ -1,0 +1,193 @@
+"""The server's life: take the ports, start the engine, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.server.config import ServerConfig
+from jaxserve.server.convert import PromptLimits
+from jaxserve.server.grpc_server import create_grpc_server
+from jaxserve.server.health import HealthReporter
+from jaxserve.server.metrics_http import MetricsServer
+from jaxserve.server.state import ModelCard, ServerState, Serving
+
+if TYPE_CHECKING:
+    from jaxserve.engine.startup import RunningEngine
+
+_T = TypeVar("_T")
+
+NUM_TOKENIZER_THREADS = 2
+FLUSH_GRACE_S = 5.0
+"""For streams to hand their last messages to the client."""
+
+
+class Server:
+    """Both front ends of one engine, on the running event loop.
+
+    Between `start` and `become_ready` the ports answer: health NOT_SERVING,
+    requests UNAVAILABLE.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.state = ServerState(degraded_after_s=config.degraded_after_s)
+        self.grpc_port = 0
+        self.http_port = 0
+        self._config = config
+        self._health = HealthReporter(self.state)
+        self._workers = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, "jaxserve-tokenize")
+
+    async def start(self) -> None:
+        """Takes the ports. Raises ConfigError when one cannot be had."""
+        config = self._config
+        await self._health.refresh()
+        self._grpc, self.grpc_port = create_grpc_server(
+            config, self.state, self._health, self._workers
+        )
+        self._http = MetricsServer(config.host, config.http_port, self.state)
+        self.http_port = self._http.port
+        await self._grpc.start()
+        self._http.start()
+        self._watch = asyncio.create_task(self._health.watch())
+
+    async def become_ready(self, serving: Serving) -> None:
+        self.state.serving = serving
+        await self._health.refresh()
+
+    async def drain(self) -> bool:
+        """Refuses new requests and lets running ones flow to their end.
+
+        False when some had to be cut short after `drain_timeout_s`.
+        """
+        self.state.draining = True
+        await self._health.refresh()
+        drained = True
+        if self.state.serving is not None:
+            engine = self.state.serving.engine
+            drained = await asyncio.to_thread(engine.drain, self._config.drain_timeout_s)
+        await self._grpc.stop(grace=FLUSH_GRACE_S)
+        return drained
+
+    async def stop(self) -> None:
+        """Ends everything at once, the engine included."""
+        self.state.draining = True
+        await self._grpc.stop(grace=None)
+        self._watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watch
+        if self.state.serving is not None:
+            await asyncio.to_thread(self.state.serving.engine.stop)
+        await asyncio.to_thread(self._http.stop)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+
+def serving_of(running: RunningEngine) -> Serving:
+    """What the front end needs of a running engine. Call it on the event loop."""
+    settings, model = running.report.settings, running.report.settings.model_config
+    scheduler = settings.scheduler
+    card = ModelCard(
+        name=running.report.model_name,
+        family=model.family,
+        vocab_size=model.vocab_size,
+        max_model_len=scheduler.max_model_len,
+        bos_token_id=running.tokenizer.bos_token_id,
+        eos_token_ids=tuple(dict.fromkeys(model.eos_token_ids + running.tokenizer.eos_token_ids)),
+        dtype=settings.dtype.name,
+        page_size=scheduler.page_size,
+        num_pages=scheduler.num_pages,
+        max_num_seqs=scheduler.max_num_seqs,
+        token_budget=scheduler.token_budget,
+        buckets=scheduler.buckets,
+        policy=scheduler.policy,
+    )
+    return Serving(
+        engine=running.engine,
+        async_engine=AsyncEngine(running.engine, asyncio.get_running_loop()),
+        tokenizer=running.tokenizer,
+        card=card,
+        limits=PromptLimits.of_model(model.vocab_size, scheduler.max_model_len),
+        num_startup_compiles=running.report.num_compiles,
+    )
+
+
+async def run_until_signal(
+    server: Server,
+    start: Callable[[], RunningEngine],
+    *,
+    on_ready: Callable[[RunningEngine], None],
+    on_drain: Callable[[], None],
+) -> bool:
+    """Serves until SIGTERM or SIGINT, then drains. A second signal is immediate.
+
+    Args:
+        server: not started yet.
+        start: makes the engine; runs in a thread, while the ports answer.
+
+    Returns:
+        Whether every request came to its own end. Raises what `start` raises.
+    """
+    signalled = _catch_signals()
+    await server.start()
+    try:
+        starting = _in_daemon_thread(start)
+        stop = asyncio.create_task(signalled.wait())
+        await asyncio.wait((starting, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            # A compilation cannot be interrupted, and a process that ends
+            # under it may crash: leave at once, since there is nothing to lose.
+            await server.stop()
+            os._exit(0)
+        running = starting.result()
+        await server.become_ready(serving_of(running))
+        on_ready(running)
+        await stop
+        on_drain()
+        return await server.drain()
+    finally:
+        await server.stop()
+
+
+def _catch_signals() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second ends the process."""
+    signalled = asyncio.Event()
+
+    def handle(number: int) -> None:
+        if signalled.is_set():
+            os._exit(128 + number)
+        signalled.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, handle, number)
+    return signalled
+
+
+def _in_daemon_thread(function: Callable[[], _T]) -> asyncio.Future[_T]:
+    """Like `asyncio.to_thread`, but the process can end without waiting for it."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: _T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # Whatever it is, the waiter must get it.
+            loop.call_soon_threadsafe(settle, None, error)
+        else:
+            loop.call_soon_threadsafe(settle, result, None)
+
+    threading.Thread(target=run, name="jaxserve-start", daemon=True).start()
+    return future

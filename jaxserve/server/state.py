@@ -1,0 +1,103 @@
+"""What the server is doing: shared by servicers, health and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from jaxserve.errors import NotAccepting
+from jaxserve.server.convert import PromptLimits
+
+if TYPE_CHECKING:
+    from jaxserve.engine.async_engine import AsyncEngine
+    from jaxserve.engine.engine import Engine
+    from models.tokenizer import Tokenizer
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    """The model loads and the steps compile."""
+    READY = "ready"
+    DEGRADED = "degraded"
+    """The engine failed, or requests run but no step completes."""
+    DRAINING = "draining"
+    """Running requests finish; new ones are refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What clients may know about the model and its limits."""
+
+    name: str
+    family: str
+    vocab_size: int
+    max_model_len: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    token_budget: int
+    buckets: tuple[int, ...]
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A running engine and what the front end needs beside it."""
+
+    engine: Engine
+    async_engine: AsyncEngine
+    tokenizer: Tokenizer
+    card: ModelCard
+    limits: PromptLimits
+    num_startup_compiles: int
+
+
+@dataclass(slots=True)
+class ServerState:
+    """Changed by the lifecycle alone, on the event loop; read by any thread."""
+
+    degraded_after_s: float
+    clock: Callable[[], float] = time.monotonic
+    """The engine's clock, so that deadlines mean the same to both."""
+    serving: Serving | None = None
+    draining: bool = False
+    started_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started_s = self.clock()
+
+    @property
+    def uptime_s(self) -> float:
+        return self.clock() - self.started_s
+
+    @property
+    def phase(self) -> Phase:
+        if self.draining:
+            return Phase.DRAINING
+        if self.serving is None:
+            return Phase.STARTING
+        return Phase.DEGRADED if self._is_stuck(self.serving) else Phase.READY
+
+    def require_serving(self) -> Serving:
+        """Raises NotAccepting while the engine starts."""
+        if self.serving is None:
+            raise NotAccepting("the server is starting: wait for health SERVING")
+        return self.serving
+
+    def require_accepting(self) -> Serving:
+        """Raises NotAccepting while the engine starts or drains."""
+        if self.draining:
+            raise NotAccepting("the server is draining: use another one")
+        return self.require_serving()
+
+    def _is_stuck(self, serving: Serving) -> bool:
+        load = serving.engine.snapshot()
+        age_s = load.last_step_age_s
+        is_late = age_s is not None and age_s > self.degraded_after_s
+        return load.failed or (load.num_running > 0 and is_late)

@@ -1,0 +1,54 @@
+"""Errors of ours -> gRPC statuses, in one place.
+
+What the client reads is the message of a JaxserveError, which is written for
+it, or a constant text with the request's id; never another exception's text.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from jaxserve.errors import InvalidRequest, NotAccepting, QueueFull, StreamTooSlow
+from jaxserve.server.metadata import FIELD_KEY, RETRY_KEY
+
+RETRY_AFTER_MS = 1000
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_log = logging.getLogger(__name__)
+
+
+async def end_with_status(context: Context, error: Exception, request_id: str = "-") -> NoReturn:
+    """Ends the call with the status that this error stands for."""
+    if isinstance(error, InvalidRequest):
+        field = ((FIELD_KEY, error.field),)
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error), field)
+    if isinstance(error, QueueFull):
+        retry = ((RETRY_KEY, str(RETRY_AFTER_MS)),)
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry)
+    if isinstance(error, StreamTooSlow):
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    if isinstance(error, NotAccepting):
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    if isinstance(error, grpc.aio.AbortError | grpc.aio.UsageError):
+        raise error  # It has a status already, or the peer is gone.
+    log_failure(error, request_id)
+    await abort_internal(context, request_id)
+
+
+async def abort_internal(context: Context, request_id: str) -> NoReturn:
+    await context.abort(
+        grpc.StatusCode.INTERNAL, f"the server failed on this request (request id {request_id})"
+    )
+
+
+def log_failure(error: Exception, request_id: str) -> None:
+    """Logs where it failed, but not the exception's text: that may hold a
+    piece of the prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)

@@ -136,14 +136,13 @@ class Engine:
         self.validate(request)
         sampling = request.sampling
         room = self.max_model_len - len(request.prompt_token_ids)
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
         self._inbox.put(
             Arrival(
                 Request(
                     generation=request,
-                    max_tokens=room
-                    if sampling.max_tokens is None
-                    else min(sampling.max_tokens, room),
+                    max_tokens=max_tokens,
                     seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
                     stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),
                     arrival_s=self._clock(),

@@ -87,26 +87,24 @@ def _id_of_key(name: str, key: str) -> int:
 
 
 def _kind(value: Any) -> str:
-    kinds = {
-        bool: "a boolean",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-        float: "a float",
-    }
-    return "null" if value is None else kinds.get(type(value), "a number")
+    return _KINDS.get(type(value), "a number")
 
 
+_KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "a boolean",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    float: "a fraction",
+}
+_INTEGERS = ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_BOOLEANS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(
-        ("top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"), _integer
-    ),
-    **dict.fromkeys(
-        ("temperature", "top_p", "min_p", "repetition_penalty")
-        + ("presence_penalty", "frequency_penalty"),
-        _number,
-    ),
-    **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"), _boolean),
+    **dict.fromkeys(_INTEGERS, _integer),
+    **dict.fromkeys(("temperature", "top_p", "min_p", *_PENALTIES), _number),
+    **dict.fromkeys(_BOOLEANS, _boolean),
     **dict.fromkeys(("allowed_token_ids", "bad_token_ids", "stop_token_ids"), _integers),
     "stop": _strings,
     "logit_bias": _bias,

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import psutil
+
 import jaxserve
 from jaxserve import model_store
 from jaxserve.engine.config import EngineConfig
@@ -29,7 +31,7 @@ MIN_FREE_MEMORY_BYTES = 2 * GIB
 MIN_FREE_DISK_BYTES = GIB
 DISTRIBUTIONS = (
     "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers", "jinja2", "gguf", "safetensors",
-    "grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf", "prometheus-client",
+    "grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf", "prometheus-client", "psutil",
 )  # fmt: skip
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -148,8 +150,8 @@ def check_processor() -> Iterator[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(fields[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
     limit = _cgroup_limit_bytes()
     if limit is not None and limit < total:
         total, available = limit, min(available, limit)

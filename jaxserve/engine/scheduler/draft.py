@@ -53,6 +53,7 @@ class StepDraft:
         Call before any prefill is added. Preempts if memory is short. False:
         that has to wait for the steps in flight, and nothing was added.
         """
+        assert not self.requests, "decodes come first: a plan's chunks are in row order"
         ready, num_pages = self._decode_ready()
         while num_pages > self._state.pages.num_available:
             if not self._pipe_empty:

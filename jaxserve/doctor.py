@@ -31,7 +31,8 @@ MIN_FREE_MEMORY_BYTES = 2 * GIB
 MIN_FREE_DISK_BYTES = GIB
 DISTRIBUTIONS = (
     "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers", "jinja2", "gguf", "safetensors",
-    "grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf", "prometheus-client", "psutil",
+    "grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf", "prometheus-client",
+    "psutil",
 )  # fmt: skip
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 

@@ -53,6 +53,10 @@ class JaxExecutor:
         )
         self._num_slot_pages = [0] * layout.num_slots
 
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
     def can_accept(self) -> bool:
         return len(self._in_flight) < self.depth
 

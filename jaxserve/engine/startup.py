@@ -7,14 +7,15 @@ program has run once and a prompt has been through a real step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from models.loading import ModelSource, open_model
 
 from jaxserve.engine.compilation import (
     CompileCounter,
@@ -34,7 +35,6 @@ from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.slots import SlotState, slot_state_shapes
 from jaxserve.engine.step import Params
 from jaxserve.model_store import resolve
-from models.loading import ModelSource, open_model
 from models.ops.attention.kv_pool import kv_pool_shape
 from models.registry import get_family
 

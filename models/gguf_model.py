@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from checkpoint.errors import FormatError
@@ -23,7 +23,6 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Collection[str]) -> ModelConfig:
@@ -119,7 +118,7 @@ def _byte_level_bpe(reader: _Reader, vocab: dict[str, int]) -> tokenizers.Tokeni
             f"GGUF pre-tokenizer {name!r} is not supported, only "
             f"{', '.join(sorted(_PRE_TOKENIZERS))}; use the Hugging Face folder of the model"
         )
-    pre_tokenizer, ignore_merges, normalizer = _PRE_TOKENIZERS[name]
+    pre_tokenizer, ignore_merges = _PRE_TOKENIZERS[name]
     merges = [_split_merge(merge) for merge in reader.texts("tokenizer.ggml.merges")]
     try:
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
@@ -128,8 +127,6 @@ def _byte_level_bpe(reader: _Reader, vocab: dict[str, int]) -> tokenizers.Tokeni
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
-    if normalizer is not None:
-        backend.normalizer = normalizer
     return backend
 
 
@@ -151,16 +148,12 @@ def _split_pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 _DIGITS_THEN_GPT2 = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
-_PRE_TOKENIZERS: Mapping[
-    str, tuple[pre_tokenizers.PreTokenizer, bool, normalizers.Normalizer | None]
-] = {
-    "gpt-2": (_GPT2, False, None),
-    "smollm": (_DIGITS_THEN_GPT2, False, None),
-    "llama-bpe": (_split_pre_tokenizer(_LLAMA3_SPLIT), True, None),
-    "qwen2": (_split_pre_tokenizer(_QWEN2_SPLIT), False, normalizers.NFC()),
+_PRE_TOKENIZERS: Mapping[str, tuple[pre_tokenizers.PreTokenizer, bool]] = {
+    "gpt-2": (_GPT2, False),
+    "smollm": (_DIGITS_THEN_GPT2, False),
+    "llama-bpe": (_split_pre_tokenizer(_LLAMA3_SPLIT), True),
 }
-"""Name in the file: how text is cut, whether whole known words skip merging,
-and how it is normalised first."""
+"""Name in the file: how text is cut, and whether whole known words skip merging."""
 
 
 def _add_added_tokens(

@@ -106,7 +106,7 @@ class Client:
 
     def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids that `generate` would use."""
-        request = inference_pb2.TokenizeRequest(**convert.prompt_fields(prompt))  # type: ignore[arg-type]
+        request = inference_pb2.TokenizeRequest(**convert.prompt_fields(prompt))
         return list(_unary(self._inference.Tokenize, request).token_ids)
 
     def abort(self, request_id: str) -> bool:

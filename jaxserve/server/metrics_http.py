@@ -154,7 +154,10 @@ class MetricsServer:
             raise ConfigError(port_message("--http-port", host, port)) from error
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
-            target=self._server.serve_forever, name="jaxserve-http", daemon=True
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": 0.05},
+            name="jaxserve-http",
+            daemon=True,
         )
 
     def start(self) -> None:

@@ -1,0 +1,119 @@
+"""`jaxserve serve`: a model behind gRPC, with metrics on HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxserve.cli.engine_options import with_engine_options
+from jaxserve.engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxserve.engine.startup import RunningEngine
+    from jaxserve.server.config import ServerConfig
+
+app = typer.Typer(add_completion=False)
+
+_SERVER = "Server"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@app.command()
+@with_engine_options
+def serve(
+    engine_config: EngineConfig,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Interface to listen on. Nothing is encrypted and nobody is asked for a key, "
+            "so keep others than the loopback behind a gateway.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = "127.0.0.1",
+    grpc_port: Annotated[
+        int, typer.Option(help="Port of gRPC; 0 picks a free one.", rich_help_panel=_SERVER)
+    ] = 50051,
+    http_port: Annotated[
+        int,
+        typer.Option(
+            help="Port of /metrics (Prometheus) and /health; 0 picks a free one.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 8000,
+    drain_timeout_s: Annotated[
+        float,
+        typer.Option(
+            help="How long running requests may take to finish after SIGTERM or Ctrl-C. A second "
+            "signal ends the server at once.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 30.0,
+    reflection: Annotated[
+        bool,
+        typer.Option(
+            "--reflection",
+            help="Let tools such as grpcurl list the methods.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = False,
+) -> None:
+    """Serve a model over gRPC.
+
+    Prints `READY grpc=HOST:PORT http=HOST:PORT` on stdout once requests are
+    served; until then health says NOT_SERVING. SIGTERM drains: no new
+    requests, running ones finish, exit code 0 (1 if some had to be cut short).
+
+    Examples:
+        jaxserve serve
+        jaxserve serve --model ./model.gguf --grpc-port 0 --http-port 0
+    """
+    # Imported late: `--help` must not wait for jax.
+    from jaxserve.cli.startup_view import stderr_console
+    from jaxserve.server.config import ServerConfig
+
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    server_config = ServerConfig(
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        reflection=reflection,
+        drain_timeout_s=drain_timeout_s,
+    )
+    console = stderr_console()
+    if host not in _LOOPBACK:
+        console.print(f"warning: {host} may be reached by others; requests are not authenticated")
+    drained = asyncio.run(_serve(engine_config, server_config, console))
+    if not drained:
+        console.print(f"some requests were cut short after {drain_timeout_s:g} s")
+        raise typer.Exit(1)
+
+
+async def _serve(
+    engine_config: EngineConfig, server_config: ServerConfig, console: Console
+) -> bool:
+    from jaxserve.cli.startup_view import PhasePrinter, print_report
+    from jaxserve.engine.startup import start_engine
+    from jaxserve.server.lifecycle import Server, run_until_signal
+
+    server = Server(server_config)
+
+    def start() -> RunningEngine:
+        console.print(f"starting {engine_config.model}")
+        return start_engine(engine_config, PhasePrinter(console))
+
+    def announce(running: RunningEngine) -> None:
+        print_report(console, running.report)
+        host = server_config.host
+        typer.echo(f"READY grpc={host}:{server.grpc_port} http={host}:{server.http_port}")
+        sys.stdout.flush()
+
+    def announce_drain() -> None:
+        console.print("draining: running requests finish, new ones are refused")
+
+    return await run_until_signal(server, start, on_ready=announce, on_drain=announce_drain)

@@ -1,0 +1,32 @@
+"""Services for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.scripted_service import Service, start_service
+
+
+@pytest.fixture
+def make_service() -> Iterator[Callable[..., Service]]:
+    """A function that starts services; all are stopped at the end."""
+    services: list[Service] = []
+
+    def make(*, ready: bool = True, reflection: bool = False, **limits: Any) -> Service:
+        service = start_service(reflection=reflection, **limits)
+        services.append(service)
+        if ready:
+            service.make_ready()
+        return service
+
+    yield make
+    for service in services:
+        service.close()
+
+
+@pytest.fixture
+def service(make_service: Callable[..., Service]) -> Service:
+    return make_service()

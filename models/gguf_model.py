@@ -162,11 +162,16 @@ def _add_added_tokens(
     types = reader.integers("tokenizer.ggml.token_type")
     if types and len(types) != len(tokens):
         raise FormatError(f"GGUF tokenizer has {len(tokens)} tokens and {len(types)} token types")
-    for token, token_type in zip(tokens, types, strict=False):
-        if token_type == _TOKEN_CONTROL:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_type == _TOKEN_USER_DEFINED:
-            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+    for wanted, special in ((_TOKEN_CONTROL, True), (_TOKEN_USER_DEFINED, False)):
+        found = [
+            AddedToken(token, special=special, normalized=False)
+            for token, token_type in zip(tokens, types, strict=False)
+            if token_type == wanted
+        ]
+        if special:
+            backend.add_special_tokens(found)
+        else:
+            backend.add_tokens(found)
 
 
 def _set_post_processor(

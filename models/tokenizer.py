@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what serving needs to know around it.
 
     Encoding behaves as in Hugging Face: special tokens spelled out in the text
-    become their ids. Thread-safe: nothing changes after construction.
+    become their ids. Thread-safe.
 
     Args:
         backend: the tokenizer proper; its truncation and padding are taken off.
@@ -52,15 +53,7 @@ class Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         )
-        self._chat_template = (
-            None
-            if chat_template is None
-            else ChatTemplate(
-                chat_template,
-                bos_token=self._token(bos_token_id),
-                eos_token=self._token(self.eos_token_ids[0] if self.eos_token_ids else None),
-            )
-        )
+        self._template_source = chat_template
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -113,7 +106,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+        return self._template_source is not None
 
     def render_chat(
         self,
@@ -134,11 +127,7 @@ class Tokenizer:
             ChatTemplateError: the template refuses the messages or breaks a limit.
             TokenizerError: the model has no chat template.
         """
-        if self._chat_template is None:
-            raise TokenizerError("this model has no chat template; send a plain prompt instead")
-        return self._chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, now=now
-        )
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
 
     def encode_chat(
         self,
@@ -150,6 +139,17 @@ class Tokenizer:
         """Token ids of `render_chat`. The template writes its own BOS, so none is added."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, now=now)
         return self.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        """Compiled when first asked for: a model whose template is broken still completes text."""
+        if self._template_source is None:
+            raise TokenizerError("this model has no chat template; send a plain prompt instead")
+        return ChatTemplate(
+            self._template_source,
+            bos_token=self._token(self.bos_token_id),
+            eos_token=self._token(self.eos_token_ids[0] if self.eos_token_ids else None),
+        )
 
     def _token(self, token_id: int | None) -> str:
         token = None if token_id is None else self.backend.id_to_token(token_id)

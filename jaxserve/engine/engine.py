@@ -46,6 +46,10 @@ class EngineSnapshot:
     """Kept for the prefix cache alone: a new request can get these too."""
     num_pages_total: int
     num_preemptions: int
+    prefix_cache_queries: int
+    """Prompt tokens looked up in the prefix cache, and of these..."""
+    prefix_cache_hits: int
+    """...those that were found."""
     num_steps: int
     last_step_age_s: float | None
     """Since the last step completed; None before the first one. Large while
@@ -189,6 +193,8 @@ class Engine:
             num_pages_cached=pages.num_cached,
             num_pages_total=pages.num_total,
             num_preemptions=self._scheduler.num_preemptions,
+            prefix_cache_queries=self._scheduler.prefix_cache_queries,
+            prefix_cache_hits=self._scheduler.prefix_cache_hits,
             num_steps=num_steps,
             last_step_age_s=None if last_step_s is None else self._clock() - last_step_s,
             mean_step_fill=metrics.num_step_tokens / max(1, metrics.num_step_rows),

@@ -16,7 +16,7 @@ from jaxserve.server import convert
 from jaxserve.server.metadata import REQUEST_ID_KEY
 from jaxserve.server.state import ServerState, Serving
 from jaxserve.server.status import Context, abort_internal, end_with_status
-from models.chat_template import ChatTemplateError
+from models.chat_sandbox import ChatTemplateError
 from models.tokenizer import TokenizerError
 
 

@@ -217,8 +217,10 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path.name} is not valid JSON") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
     ):
         raise FormatError(f"{path.name}: weight_map must map tensor names to file names")
     return weight_map
@@ -232,7 +234,11 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise FormatError(f"{name} is missing from {folder}; is the download whole?")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        # The Hugging Face cache: a snapshot's files are links to the model's blobs.
+        roots.append(folder.resolve().parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(root) for root in roots):
         raise FormatError(f"{name} is a link that leads out of {folder}; copy the file there")
     return path
 

@@ -26,7 +26,7 @@ from jinja2.utils import Namespace
 
 MAX_BUILT_CHARACTERS = 32 << 20
 """Characters and list items made or looked through, all together."""
-MAX_STEPS = 200_000
+MAX_STEPS = 100_000
 """Loop rounds, calls, filters and nested values looked through."""
 MAX_RANGE = 10_000
 _MAX_INTEGER_BITS = 256

@@ -6,10 +6,11 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
-from unittest.mock import patch
+
+import pytest
 
 _PATCHABLE = (FunctionType, property, classmethod, staticmethod)
 
@@ -26,7 +27,7 @@ class Edit:
 @contextmanager
 def mutated(edits: Sequence[Edit]) -> Iterator[None]:
     """Runs with `edits` applied to the engine's modules; all is put back after."""
-    with ExitStack() as stack:
+    with pytest.MonkeyPatch.context() as patches:
         for name in dict.fromkeys(edit.module for edit in edits):
             module = importlib.import_module(f"jaxserve.engine.{name}")
             source = inspect.getsource(module)
@@ -35,11 +36,11 @@ def mutated(edits: Sequence[Edit]) -> Iterator[None]:
                     count = source.count(edit.old)
                     assert count == 1, f"{edit.old!r} occurs {count} times in {name}"
                     source = source.replace(edit.old, edit.new)
-            _swap(stack, module, source)
+            _swap(patches, module, source)
         yield
 
 
-def _swap(stack: ExitStack, module: ModuleType, source: str) -> None:
+def _swap(patches: pytest.MonkeyPatch, module: ModuleType, source: str) -> None:
     """Replaces methods of the module's classes and its functions, wherever imported."""
     namespace: dict[str, object] = {"__name__": module.__name__}
     exec(compile(source, f"<mutant of {module.__name__}>", "exec"), namespace)
@@ -50,10 +51,10 @@ def _swap(stack: ExitStack, module: ModuleType, source: str) -> None:
         if inspect.isclass(original):
             for attribute, value in list(vars(changed).items()):
                 if isinstance(value, _PATCHABLE):
-                    stack.enter_context(patch.object(original, attribute, value))
+                    patches.setattr(original, attribute, value)
         elif inspect.isfunction(original):
             for user in _users(name, original):
-                stack.enter_context(patch.object(user, name, changed))
+                patches.setattr(user, name, changed)
 
 
 def _users(name: str, original: object) -> list[ModuleType]:

@@ -10,7 +10,8 @@ class StepBudget(Protocol):
     """Limits a step's size; policies only choose what goes in."""
 
     def max_rows(self) -> int:
-        """Most rows of the step that is about to be planned."""
+        """Most rows of the step that is about to be planned; at most the
+        configured token budget. Decodes go in even if they are more."""
         ...
 
 

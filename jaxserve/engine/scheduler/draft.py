@@ -47,6 +47,11 @@ class StepDraft:
         self._slot_loads: list[SlotLoad] = []
         self._preempted: list[str] = []
 
+    @property
+    def num_sample_rows(self) -> int:
+        """LM-head rows planned so far."""
+        return self._config.max_num_seqs - self.num_sample_rows_left
+
     def add_decodes(self) -> bool:
         """One row for each running request whose prefill is complete.
 
@@ -66,7 +71,8 @@ class StepDraft:
             self._preempted.append(victim.request_id)
         for request in ready:
             self._add_decode(request)
-        self.num_rows_left -= len(ready)
+        # A budget may ask for less than the decodes take; they go in all the same.
+        self.num_rows_left = max(0, self.num_rows_left - len(ready))
         self.num_sample_rows_left -= len(ready)
         return True
 

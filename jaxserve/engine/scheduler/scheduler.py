@@ -13,6 +13,7 @@ releases pages and slots (`SchedulerState.release`).
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import Chunk, StepPlan, StepResults
@@ -28,6 +29,14 @@ from jaxserve.engine.scheduler.updates import (
     read_prompt_logprobs,
 )
 from jaxserve.errors import InvalidRequest
+
+
+class _InFlight(NamedTuple):
+    plan: StepPlan
+    requests: list[Request]
+    """Owners of the plan's chunks. Kept here rather than looked up by id, since
+    an id may be used again while a finished request still is in flight."""
+    num_sample_rows: int
 
 
 class Scheduler:
@@ -51,7 +60,7 @@ class Scheduler:
         self._policy = policy or make_policy(config.policy)
         self._budget = budget or TokenBudget(config.token_budget)
         self._state = SchedulerState.empty(config)
-        self._in_flight: deque[tuple[StepPlan, list[Request]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
 
     @property
@@ -130,7 +139,7 @@ class Scheduler:
         plan = draft.finish(self._next_step_id)
         if plan is not None:
             self._next_step_id += 1
-            self._in_flight.append((plan, draft.requests))
+            self._in_flight.append(_InFlight(plan, draft.requests, draft.num_sample_rows))
         return plan
 
     def commit(
@@ -145,11 +154,12 @@ class Scheduler:
         earlier. Raises ValueError if `plan` or `results` is not the oldest
         step's.
         """
-        if not self._in_flight or self._in_flight[0][0].step_id != plan.step_id:
+        if not self._in_flight or self._in_flight[0].plan.step_id != plan.step_id:
             raise ValueError(f"step {plan.step_id} is not the oldest in flight")
-        if results.step_id != plan.step_id or len(results.token_ids) != plan.num_sample_rows:
+        _, requests, num_sample_rows = self._in_flight[0]
+        if results.step_id != plan.step_id or len(results.token_ids) != num_sample_rows:
             raise ValueError(f"results of step {results.step_id} don't fit plan {plan.step_id}")
-        _, requests = self._in_flight.popleft()
+        self._in_flight.popleft()
         reader = ResultReader(results)
         updates = []
         for request, chunk in zip(requests, plan.chunks, strict=True):
@@ -197,10 +207,9 @@ class Scheduler:
             if not prompt_logprobs:
                 return None
             return TokenUpdate(request, (), (), prompt_logprobs, None)
-        token_id = reader.token_id()
+        token_id = reader.next_token()
         num_top = request.generation.sampling.logprobs
         logprobs = () if num_top is None else (reader.logprobs(num_top),)
-        reader.advance()
         request.output_token_ids.append(token_id)
         request.num_pending_tokens -= 1
         reason = finish_reason_after(request, token_id)

@@ -82,6 +82,6 @@ class SchedulerState:
         """Raises PageIntegrityError unless pages and slots are all accounted for."""
         holders = [*self.running.values(), *self.draining]
         self.pages.check_integrity(request.page_ids for request in holders)
-        slots = [*self.free_slots, *(request.slot for request in holders)]
-        if sorted(slots, key=str) != sorted(range(self.config.max_num_seqs), key=str):
-            raise PageIntegrityError(f"slots in use and free ones don't add up: {slots}")
+        used_slots = [request.slot for request in holders if request.slot is not None]
+        if sorted(self.free_slots + used_slots) != list(range(self.config.max_num_seqs)):
+            raise PageIntegrityError(f"slots {used_slots} in use, {self.free_slots} free")

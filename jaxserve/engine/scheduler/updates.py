@@ -21,16 +21,15 @@ class ResultReader:
     def skip(self, chunk: Chunk) -> None:
         self._row += len(chunk.logprob_targets) + chunk.samples
 
-    def token_id(self) -> int:
-        """The sampled token of the current row; `advance` moves on."""
-        return self._token_ids[self._row]
-
-    def advance(self) -> None:
-        self._row += 1
+    def next_token(self) -> int:
+        """Moves on to the next row; its token."""
+        row = self._row
+        self._row = row + 1
+        return self._token_ids[row]
 
     def logprobs(self, num_top: int) -> TokenLogprobs:
-        """Logprobs of the current row, with the `num_top` most likely tokens."""
-        row, results = self._row, self._results
+        """Logprobs of the token just read, with the `num_top` most likely ones."""
+        row, results = self._row - 1, self._results
         top_ids: list[int] = results.top_ids[row, :num_top].tolist()
         top_logprobs: list[float] = results.top_logprobs[row, :num_top].tolist()
         return TokenLogprobs(
@@ -48,8 +47,8 @@ def read_prompt_logprobs(
     num_top = request.sampling.prompt_logprobs or 0
     entries = []
     for _ in chunk.logprob_targets:
+        reader.next_token()
         entries.append(reader.logprobs(num_top))
-        reader.advance()
     return tuple(entries)
 
 

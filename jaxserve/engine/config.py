@@ -31,7 +31,7 @@ class EngineConfig:
     max_model_len: int | None = None
     """auto: the model's own limit, at most 2048 on a CPU and 8192 on a GPU."""
     kv_cache_bytes: int | None = None
-    """auto: 16 full-length sequences on a CPU; 85 % of free memory on a GPU."""
+    """auto: 8 full-length sequences on a CPU; 85 % of free memory on a GPU."""
     page_size: int = 16
     watermark: float = 0.01
     max_queued_requests: int = 1024

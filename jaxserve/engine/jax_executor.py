@@ -46,6 +46,9 @@ class JaxExecutor:
         self._in_flight: deque[tuple[StepPlan, jax.Array]] = deque()
         self._device = next(iter(kv_pool.devices()))
         layout = next(iter(programs.layouts.values()))
+        self.tiling = layout.tiling
+        self.num_pages = layout.num_pages
+        self.temp_bytes = programs.temp_bytes
         # Row S and every unused entry name the spare page.
         self._spare_page = layout.num_pages
         self._page_table = np.full(

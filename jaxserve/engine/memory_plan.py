@@ -12,7 +12,7 @@ from jaxserve.errors import ConfigError
 from models.config import ModelConfig
 from models.ops.attention.kv_pool import page_bytes
 
-CPU_POOL_SEQUENCES = 16
+CPU_POOL_SEQUENCES = 8
 """Full-length sequences that the default pool of a CPU holds..."""
 CPU_POOL_FRACTION = 0.25
 """...but at most this share of the memory that is available."""

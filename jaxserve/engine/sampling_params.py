@@ -118,7 +118,7 @@ class SamplingParams:
             if not text:
                 raise InvalidRequest("stop", "a stop string must not be empty")
             if len(text.encode()) > MAX_STOP_STRING_BYTES:
-                raise InvalidRequest("stop", f"a stop string has at most {MAX_STOP_STRING_BYTES} bytes")
+                raise InvalidRequest("stop", f"at most {MAX_STOP_STRING_BYTES} bytes per string")
 
 
 def _bound(field: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:

@@ -8,6 +8,7 @@ program has run once and a prompt has been through a real step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -15,12 +16,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from models.loading import ModelSource, open_model
 
 from jaxserve.engine.compilation import (
     CompileCounter,
     ProgramBuild,
-    Programs,
     ProgramSpec,
     use_compilation_cache,
 )
@@ -35,6 +34,7 @@ from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.slots import SlotState, slot_state_shapes
 from jaxserve.engine.step import Params
 from jaxserve.model_store import resolve
+from models.loading import ModelSource, open_model
 from models.ops.attention.kv_pool import kv_pool_shape
 from models.registry import get_family
 
@@ -54,7 +54,8 @@ class StartupReport:
     settings: EngineSettings
     memory: MemoryPlan
     phases: Mapping[str, float]
-    """Name -> seconds; phases under "compile" overlap "load weights"."""
+    """Name -> seconds. The compiler and the allocation of the pool run beside
+    the loading; only the waits for them add to the total."""
     ready_s: float
     """From the call to READY."""
     num_compiles: int
@@ -108,19 +109,23 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     use_compilation_cache(settings.cache_dir)
     free_bytes = available_bytes(device)
     counter = CompileCounter()
+    _memory_plan(settings, free_bytes).check()
     build = ProgramBuild(_program_spec(settings))
-    with phases.time("load tokenizer"):
-        tokenizer = source.load_tokenizer()
-    with phases.time("load weights"):
-        params = source.load_params(settings.dtype)
-    with phases.time("wait for compiler"):
+    with ThreadPoolExecutor(1, thread_name_prefix="allocate") as allocator:
+        state = allocator.submit(_allocate, settings)
+        with phases.time("load tokenizer"):
+            tokenizer = source.load_tokenizer()
+        with phases.time("load weights"):
+            params = source.load_params(settings.dtype)
+        with phases.time("wait for the pool"):
+            kv_pool, slots = state.result()
+    with phases.time("wait for the compiler"):
         programs = build.result()
     for name, seconds in programs.seconds.items():
         phases.record(name, seconds)
-    memory = _memory_plan(settings, programs, free_bytes)
+    memory = _memory_plan(settings, free_bytes, temp_bytes=programs.temp_bytes)
     memory.check()
-    with phases.time("allocate"):
-        executor = _make_executor(settings, programs, params)
+    executor = JaxExecutor(programs, params, kv_pool, slots)
     with phases.time("first steps"):
         _run_first_steps(settings, executor)
     num_compiles = counter.count
@@ -147,7 +152,7 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
 def build_executor(settings: EngineSettings, params: Params, *, depth: int = 2) -> JaxExecutor:
     """Compiles every program and allocates the pool, without an engine."""
     programs = ProgramBuild(_program_spec(settings)).result()
-    return _make_executor(settings, programs, params, depth=depth)
+    return JaxExecutor(programs, params, *_allocate(settings), depth=depth)
 
 
 def _program_spec(settings: EngineSettings) -> ProgramSpec:
@@ -160,7 +165,7 @@ def _program_spec(settings: EngineSettings) -> ProgramSpec:
     )
 
 
-def _memory_plan(settings: EngineSettings, programs: Programs, free_bytes: int) -> MemoryPlan:
+def _memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 0) -> MemoryPlan:
     config, scheduler = settings.model_config, settings.scheduler
     pool = jax.ShapeDtypeStruct(
         kv_pool_shape(config, scheduler.num_pages, scheduler.page_size), settings.dtype
@@ -169,15 +174,14 @@ def _memory_plan(settings: EngineSettings, programs: Programs, free_bytes: int) 
         weights_bytes=tree_bytes(get_family(config.family).abstract_params(config, settings.dtype)),
         kv_pool_bytes=tree_bytes(pool),
         slots_bytes=tree_bytes(slot_state_shapes(scheduler.max_num_seqs, config.vocab_size)),
-        temp_bytes=programs.temp_bytes,
+        temp_bytes=temp_bytes,
         available_bytes=free_bytes,
         num_pages=scheduler.num_pages,
     )
 
 
-def _make_executor(
-    settings: EngineSettings, programs: Programs, params: Params, *, depth: int = 2
-) -> JaxExecutor:
+def _allocate(settings: EngineSettings) -> tuple[jax.Array, SlotState]:
+    """The KV pool and the slots, zeroed."""
     config, scheduler = settings.model_config, settings.scheduler
     with jax.default_device(settings.device):
         kv_pool = jnp.zeros(
@@ -185,7 +189,7 @@ def _make_executor(
         )
         shapes = slot_state_shapes(scheduler.max_num_seqs, config.vocab_size)
         slots: SlotState = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return JaxExecutor(programs, params, kv_pool, slots, depth=depth)
+    return jax.block_until_ready((kv_pool, slots))
 
 
 def _run_first_steps(settings: EngineSettings, executor: JaxExecutor) -> None:

@@ -214,7 +214,8 @@ def test_logprobs_are_those_of_the_raw_logits():
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
     tokens = np.asarray(out.token_ids)
-    assert tokens[0] == np.argsort(-logits[0])[1] and tokens[1] == 17
+    assert tokens[0] == np.argsort(-logits[0])[1]
+    assert tokens[1] == 17
     for row in (0, 1):
         assert np.asarray(out.logprobs)[row] == pytest.approx(exact[row, tokens[row]], abs=1e-5)
         rank = int((logits[row] >= logits[row, tokens[row]]).sum())
@@ -229,7 +230,8 @@ def test_no_logprobs_are_computed_when_nobody_asks():
     targets = np.full(1, -1, np.int32)
     zeros = np.zeros(1, np.int32)
     out = SAMPLE(np.ones((1, VOCAB), np.float32), slots, zeros, zeros, targets)
-    assert not np.asarray(out.logprobs).any() and not np.asarray(out.top_ids).any()
+    assert not np.asarray(out.logprobs).any()
+    assert not np.asarray(out.top_ids).any()
 
 
 @settings(max_examples=50, deadline=None)

@@ -19,7 +19,7 @@ help: ## This list
 
 setup: $(STAMP) ## Make .venv from the lock and install the project editable
 
-$(UV): requirements/uv.in requirements/uv.txt
+$(UV): requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python >= 3.11 is needed, this is {sys.version.split()[0]}; name another one: make PYTHON=python3.12 setup")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
@@ -53,8 +53,15 @@ typecheck: $(STAMP) ## mypy, strict
 protos: $(STAMP) ## Regenerate the gRPC stubs from proto/
 	$(BIN)/python tools/generate_protos.py
 
-goldens: ## Remake the golden outputs (own environment with torch and transformers)
-	$(PYTHON) tools/make_goldens.py
+GOLDENS := build/goldens/bin
+goldens: $(STAMP) ## Remake the golden outputs (torch and transformers in build/goldens)
+	$(PYTHON) -m venv build/goldens
+	$(GOLDENS)/pip install --quiet -r requirements/goldens.in
+	model=$$($(BIN)/jaxserve pull); export PYTHONPATH=.; \
+	$(GOLDENS)/python tools/make_tiny_goldens.py --out tests/goldens/tiny; \
+	$(GOLDENS)/python tools/make_smollm2_goldens.py --model "$$model" --out tests/goldens/smollm2_greedy.json; \
+	$(GOLDENS)/python tools/make_tokenizer_goldens.py tokens "$$model" tests/goldens/tokenizer; \
+	$(GOLDENS)/python tools/make_tokenizer_goldens.py chat "$$model" tests/goldens/tokenizer
 
 COMPILE := $(UV_PIP) compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command 'make locks' $(LOCK_FLAGS)

@@ -21,7 +21,7 @@ Parameters are a nested dict of arrays without empty leaves::
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -155,6 +155,13 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Params
         key: PRNG key; the same key gives the same values.
         dtype: dtype of every leaf.
     """
+    params: Params = _init_params(config, key, jnp.dtype(dtype))
+    return params
+
+
+# Compiled as one program: the many small random draws would otherwise compile one by one.
+@partial(jax.jit, static_argnums=(0, 2))
+def _init_params(config: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Params:
     embed_key, head_key, layers_key = jax.random.split(key, 3)
 
     def normal(normal_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

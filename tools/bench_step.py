@@ -93,7 +93,7 @@ def pool_figures(
         "step_ms_small_pool": times["small"],
         "step_ms_large_pool": times["large"],
         "large_over_small_pool": times["large"] / times["small"],
-        "temporaries_mb": program.temp_bytes / 1e6,
+        "temporaries_mb": program.programs.temp_bytes / 1e6,
         "one_kv_layer_of_large_pool_mb": float(np.prod(layer)) * settings.dtype.itemsize / 1e6,
         "weights_mb": tree_bytes(params) / 1e6,
     }

@@ -42,13 +42,12 @@ class JaxExecutor:
         self.params = params
         self.kv_pool = kv_pool
         self.slots = slots
-        self._programs = programs
+        self.programs = programs
         self._in_flight: deque[tuple[StepPlan, jax.Array]] = deque()
         self._device = next(iter(kv_pool.devices()))
         layout = next(iter(programs.layouts.values()))
         self.tiling = layout.tiling
         self.num_pages = layout.num_pages
-        self.temp_bytes = programs.temp_bytes
         # Row S and every unused entry name the spare page.
         self._spare_page = layout.num_pages
         self._page_table = np.full(
@@ -68,19 +67,19 @@ class JaxExecutor:
         compiled or a full executor, before anything has changed."""
         if not self.can_accept():
             raise ValueError(f"{self.depth} plans are in flight already")
-        if plan.num_rows_bucket not in self._programs.steps:
+        if plan.num_rows_bucket not in self.programs.steps:
             raise ValueError(
                 f"no step of {plan.num_rows_bucket} rows was compiled; "
-                f"there are {sorted(self._programs.steps)}"
+                f"there are {sorted(self.programs.steps)}"
             )
-        layout = self._programs.layouts[plan.num_rows_bucket]
+        layout = self.programs.layouts[plan.num_rows_bucket]
         if plan.num_tokens > layout.num_rows or plan.num_sample_rows > layout.num_sample_rows:
             raise ValueError(f"plan {plan.step_id} does not fit its bucket")
         for load in plan.slot_loads:
             self._num_slot_pages[load.slot] = 0
             self._page_table[load.slot] = self._spare_page
-            vector = self._programs.load_layout.pack(load)
-            self.slots = self._programs.load_slot(self.slots, self._put(vector))
+            vector = self.programs.load_layout.pack(load)
+            self.slots = self.programs.load_slot(self.slots, self._put(vector))
         for chunk in plan.chunks:
             if chunk.new_pages:
                 held = self._num_slot_pages[chunk.slot]
@@ -88,7 +87,7 @@ class JaxExecutor:
                 self._page_table[chunk.slot, held:end] = chunk.new_pages
                 self._num_slot_pages[chunk.slot] = end
         vector = layout.pack(plan, self._page_table)
-        step = self._programs.steps[plan.num_rows_bucket]
+        step = self.programs.steps[plan.num_rows_bucket]
         self.kv_pool, self.slots, outputs = step(
             self.params, self.kv_pool, self.slots, self._put(vector)
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from jaxserve.cli.engine_options import with_engine_options
+from jaxserve.cli.local_engine import local_engine
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput
 from jaxserve.engine.sampling_params import SamplingParams
@@ -252,13 +253,5 @@ def _answerer(engine_config: EngineConfig, server: str | None) -> Iterator[Answe
                 raise ConfigError(f"no server is ready at {server}: start `jaxserve serve` first")
             yield RemoteAnswerer(client)
         return
-    from jaxserve.cli.startup_view import PhasePrinter, stderr_console
-    from jaxserve.engine.startup import start_engine
-
-    console = stderr_console()
-    console.print(f"starting {engine_config.model}")
-    running = start_engine(engine_config, PhasePrinter(console))
-    try:
+    with local_engine(engine_config) as running:
         yield EmbeddedAnswerer(running)
-    finally:
-        running.close()

@@ -97,13 +97,17 @@ def serve(
 async def _serve(
     engine_config: EngineConfig, server_config: ServerConfig, console: Console
 ) -> bool:
+    from jaxserve.cli.pull import pull_with_progress
     from jaxserve.cli.startup_view import PhasePrinter, print_report
     from jaxserve.engine.startup import start_engine
+    from jaxserve.model_store import CATALOG
     from jaxserve.server.lifecycle import Server, run_until_signal
 
     server = Server(server_config)
 
     def start() -> RunningEngine:
+        if engine_config.model.lower() in CATALOG:
+            pull_with_progress(engine_config.model)
         console.print(f"starting {engine_config.model}")
         return start_engine(engine_config, PhasePrinter(console))
 

@@ -43,19 +43,24 @@ class Server:
         self._config = config
         self._health = HealthReporter(self.state)
         self._workers = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, "jaxserve-tokenize")
+        self._cleanup = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
         """Takes the ports. Raises ConfigError when one cannot be had."""
-        config = self._config
+        config, cleanup = self._config, self._cleanup
         await self._health.refresh()
+        cleanup.callback(self._workers.shutdown, wait=False, cancel_futures=True)
         self._grpc, self.grpc_port = create_grpc_server(
             config, self.state, self._health, self._workers
         )
-        self._http = MetricsServer(config.host, config.http_port, self.state)
-        self.http_port = self._http.port
+        cleanup.push_async_callback(self._grpc.stop, None)
+        http = MetricsServer(config.host, config.http_port, self.state)
+        cleanup.push_async_callback(asyncio.to_thread, http.stop)
+        self.http_port = http.port
         await self._grpc.start()
-        self._http.start()
-        self._watch = asyncio.create_task(self._health.watch())
+        http.start()
+        watch = asyncio.create_task(self._health.watch())
+        cleanup.callback(watch.cancel)
 
     async def become_ready(self, serving: Serving) -> None:
         self.state.serving = serving
@@ -76,16 +81,11 @@ class Server:
         return drained
 
     async def stop(self) -> None:
-        """Ends everything at once, the engine included."""
+        """Ends everything at once, the engine included. Can be called twice."""
         self.state.draining = True
-        await self._grpc.stop(grace=None)
-        self._watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watch
+        await self._cleanup.aclose()
         if self.state.serving is not None:
             await asyncio.to_thread(self.state.serving.engine.stop)
-        await asyncio.to_thread(self._http.stop)
-        self._workers.shutdown(wait=False, cancel_futures=True)
 
 
 def serving_of(running: RunningEngine) -> Serving:

@@ -126,7 +126,7 @@ class Service:
     client: Client
     engine: Engine
     scheduler: Scheduler
-    executor: ScriptedExecutor
+    executor: ScriptedExecutor | None
     loop: asyncio.AbstractEventLoop
 
     @property
@@ -152,8 +152,13 @@ class Service:
             )
         )
 
+    def num_streams(self) -> int:
+        serving = self.server.state.serving
+        return 0 if serving is None else serving.async_engine.num_streams
+
     def close(self) -> None:
-        self.executor.gate.set()
+        if self.executor is not None:
+            self.executor.gate.set()
         self.client.close()
         self.call(self.server.stop())
         self.engine.stop()
@@ -198,16 +203,22 @@ def _card(config: SchedulerConfig) -> ModelCard:
     )
 
 
+def start_server_loop(*, reflection: bool = False) -> tuple[Server, asyncio.AbstractEventLoop]:
+    """A server that answers on free ports, and the event loop it runs on."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    config = ServerConfig(grpc_port=0, http_port=0, reflection=reflection, drain_timeout_s=5.0)
+    server = asyncio.run_coroutine_threadsafe(_new_server(config), loop).result(timeout=10)
+    return server, loop
+
+
 def start_service(*, reflection: bool, **limits: Any) -> Service:
     """A service whose ports answer; `make_ready` hands it the engine."""
     tokenizer = byte_tokenizer()
     scheduler = Scheduler(replace(SCHEDULER_CONFIG, **limits))
     executor = ScriptedExecutor(tokenizer)
     engine = Engine(scheduler, executor, tokenizer, MODEL_CONFIG)
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    config = ServerConfig(grpc_port=0, http_port=0, reflection=reflection, drain_timeout_s=5.0)
-    server = asyncio.run_coroutine_threadsafe(_new_server(config), loop).result(timeout=10)
+    server, loop = start_server_loop(reflection=reflection)
     engine.start()
     client = Client(f"127.0.0.1:{server.grpc_port}")
     return Service(server, client, engine, scheduler, executor, loop)

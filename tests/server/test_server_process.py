@@ -1,0 +1,176 @@
+"""`jaxserve serve` as a process: ready line, real streams, signals, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxserve.client import Client
+from jaxserve.engine.request import FinishReason
+from tests.server.scripted_service import wait_for
+from tests.server.tiny_model import CONTEXT, write_tiny_model
+
+PROGRAM = [sys.executable, "-m", "jaxserve.cli.main"]
+FLAGS = ["--max-model-len", "512", "--token-budget", "16", "--buckets", "4,16"]
+FLAGS += ["--max-num-seqs", "4", "--kv-cache-bytes", "2MiB"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@contextlib.contextmanager
+def _process(model: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*PROGRAM, "serve", "--model", str(model), *FLAGS]
+    command += ["--compilation-cache-dir", str(model.parent / "xla")]
+    command += flags or ("--grpc-port", "0", "--http-port", "0")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _addresses(process: subprocess.Popen[str]) -> tuple[str, str]:
+    assert process.stdout is not None
+    match = re.match(r"READY grpc=(\S+) http=(\S+)\n", process.stdout.readline())
+    assert match, process.communicate()[1]
+    return match[1], match[2]
+
+
+def test_serve_stream_chat_and_drain(tiny_model):
+    with _process(tiny_model) as process:
+        grpc_address, http_address = _addresses(process)
+        with Client(grpc_address) as client:
+            assert client.is_serving()
+            assert client.model_info().max_model_len == CONTEXT
+            _check_streaming(client)
+            _check_chat_command(grpc_address)
+            with urllib.request.urlopen(f"http://{http_address}/metrics", timeout=5) as reply:
+                assert "jaxserve_unexpected_compiles_total 0.0" in reply.read().decode()
+            _check_drain(client, process)
+        output = process.communicate(timeout=30)[1]
+    assert process.returncode == 0, output
+    assert "token budget" in output
+    assert "KV pool" in output
+    assert "Traceback" not in output
+
+
+def _check_streaming(client: Client) -> None:
+    """Greedy answers are the same, whole or streamed beside others."""
+    settings = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    outputs = list(client.generate("hello", **settings))
+    ids = [token_id for output in outputs for token_id in output.token_ids]
+    assert len(ids) == 40
+    assert len(outputs) > 20
+    calls = [client.generate("hello", **settings) for _ in range(3)]
+    for call in calls:
+        assert [token_id for output in call for token_id in output.token_ids] == ids
+    load = client.load()
+    assert (load.num_running, load.num_compiles_after_ready) == (0, 0)
+    assert load.num_pages_free + load.num_pages_cached == load.num_pages_total
+
+
+def _check_chat_command(grpc_address: str) -> None:
+    flags = ["--server", grpc_address, "--stats", "--max-tokens", "8", "--seed", "1"]
+    result = subprocess.run(
+        [*PROGRAM, "chat", *flags],
+        input="hi\n/reset\n/what\nagain\n/exit\nnever asked\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("TTFT") == 2
+    assert "starts anew" in result.stderr
+    assert "there are /reset and /exit" in result.stderr
+
+
+def _check_drain(client: Client, process: subprocess.Popen[str]) -> None:
+    """Streams that run at SIGTERM come to their own end."""
+    num_tokens = 400
+    calls = [
+        client.generate("abc", max_tokens=num_tokens, ignore_eos=True, seed=seed)
+        for seed in range(4)
+    ]
+    results: dict[int, tuple[int, FinishReason | None]] = {}
+
+    def read(index: int) -> None:
+        outputs = list(calls[index])
+        results[index] = (sum(len(o.token_ids) for o in outputs), outputs[-1].finish_reason)
+
+    readers = [threading.Thread(target=read, args=(index,)) for index in range(len(calls))]
+    for reader in readers:
+        reader.start()
+    wait_for(lambda: client.load().num_running == 4)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: not client.is_serving())
+    for reader in readers:
+        reader.join(timeout=60)
+    assert results == dict.fromkeys(range(4), (num_tokens, FinishReason.LENGTH))
+
+
+def test_a_busy_port_ends_with_the_fix(tiny_model, service):
+    port = str(service.server.grpc_port)
+    with _process(tiny_model, "--grpc-port", port, "--http-port", "0") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"127.0.0.1:{port}" in errors
+    assert "--grpc-port" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.long
+def test_sigterm_during_start_up_exits_0(tiny_model):
+    with _process(tiny_model) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # The ports answer from here on.
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 0
+
+
+@pytest.mark.long
+def test_a_second_signal_is_immediate(tiny_model):
+    with _process(tiny_model) as process, Client(_addresses(process)[0]) as client:
+        call = client.generate("abc", max_tokens=CONTEXT, ignore_eos=True)
+        next(iter(call))
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not client.is_serving())
+        start_s = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert time.monotonic() - start_s < 1.0
+
+
+@pytest.mark.long
+def test_drain_timeout_cuts_short_with_exit_1(tiny_model):
+    ports = ("--grpc-port", "0", "--http-port", "0")
+    with _process(tiny_model, *ports, "--drain-timeout-s", "0") as process:
+        with Client(_addresses(process)[0]) as client:
+            deltas = iter(client.generate("abc", max_tokens=500, ignore_eos=True))
+            next(deltas)
+            process.send_signal(signal.SIGINT)
+            assert list(deltas)[-1].finish_reason is FinishReason.CANCELLED
+        assert process.wait(timeout=20) == 1
+
+
+@pytest.mark.long
+def test_bad_model_is_one_line(tmp_path):
+    with _process(tmp_path / "nothing") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert "error: " in errors

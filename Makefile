@@ -61,7 +61,8 @@ goldens: $(STAMP) ## Remake the golden outputs (torch and transformers in build/
 	$(GOLDENS)/python tools/make_tiny_goldens.py --out tests/goldens/tiny; \
 	$(GOLDENS)/python tools/make_smollm2_goldens.py --model "$$model" --out tests/goldens/smollm2_greedy.json; \
 	$(GOLDENS)/python tools/make_tokenizer_goldens.py tokens "$$model" tests/goldens/tokenizer; \
-	$(GOLDENS)/python tools/make_tokenizer_goldens.py chat "$$model" tests/goldens/tokenizer
+	$(GOLDENS)/python tools/make_tokenizer_goldens.py chat "$$model" tests/goldens/tokenizer; \
+	$(GOLDENS)/python tools/make_tokenizer_goldens.py sentencepiece "$$model" tests/goldens/tokenizer
 
 COMPILE := $(UV_PIP) compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --custom-compile-command 'make locks' $(LOCK_FLAGS)

@@ -121,10 +121,17 @@ def _refuse_unsupported(fields: Mapping[str, Any], model_type: str) -> None:
 
 def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    scaling = fields.get(name) or {}
+    newer, older = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    if newer and older and newer != older:
+        raise FormatError("config.json: rope_parameters and rope_scaling differ; remove one")
+    name, scaling = ("rope_parameters", newer) if newer else ("rope_scaling", older)
     if not isinstance(scaling, Mapping):
         raise FormatError(f"config.json: {name} must be an object, not {scaling!r}")
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise FormatError(
+            f"config.json: {name} differs between layers, which is not supported; all layers "
+            "must be alike"
+        )
     theta_holder = scaling if scaling.get("rope_theta") is not None else fields
     theta = _positive_float(theta_holder, "rope_theta", DEFAULT_ROPE_THETA)
     if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):

@@ -120,6 +120,11 @@ def test_generation_config_says_which_tokens_end_a_turn(eos_token_id: Any) -> No
         ({"rope_scaling": {"type": "linear"}}, "factor must be a positive number, got None"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs between layers"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3_SCALING},
+            "rope_parameters and rope_scaling differ",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary"),
         ({"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": 1.0}}, "must be above"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types mixes"),

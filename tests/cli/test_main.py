@@ -23,13 +23,16 @@ def jaxserve(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     )
 
 
-def test_help_lists_every_command_and_loads_no_jax() -> None:
+def test_help_lists_every_command_and_no_help_loads_jax() -> None:
     program = (
         "import sys; sys.argv = ['jaxserve', '--help']\n"
-        "from jaxserve.cli.main import main\n"
+        "from jaxserve.cli.main import SUMMARIES, main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "loaded = {'jax', 'grpc', 'numpy', 'flax'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
+        "import importlib\n"
+        "for name in SUMMARIES: importlib.import_module(f'jaxserve.cli.{name}')\n"
+        "assert 'jax' not in sys.modules\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False

@@ -201,8 +201,7 @@ class PropertyMonitor:
             )
             shadow.num_preemptions += 1
             shadow.has_token_since_resume = False
-            if not self.config.prefix_caching:
-                require(shadow.num_preemptions <= shadow.num_older + 1, "S4", "preempted too often")
+            require(shadow.num_preemptions <= shadow.num_older + 1, "S4", "preempted too often")
             self._release(shadow)
 
     def _check_admissions(self, plan: StepPlan) -> None:

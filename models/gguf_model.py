@@ -12,12 +12,13 @@ from tokenizers.processors import TemplateProcessing
 
 from checkpoint.errors import FormatError
 from models.config import ModelConfig, RopeScaling
+from models.sentencepiece_bpe import sentencepiece_bpe
 from models.tokenizer import Tokenizer
 
 ARCHITECTURES = ("llama",)
 """GGUF architectures that can be served; "llama" covers Llama, Mistral, SmolLM2."""
 
-_TOKEN_CONTROL, _TOKEN_USER_DEFINED = 3, 4
+_TOKEN_NORMAL, _TOKEN_UNKNOWN, _TOKEN_CONTROL, _TOKEN_USER_DEFINED = 1, 2, 3, 4
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -51,11 +52,14 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Collection[str])
             "(Llama 3.1 and later), which is not supported; use the Hugging Face folder "
             "of the model instead"
         )
-    hidden_size = reader.integer("llama.embedding_length")
-    num_heads = reader.integer("llama.attention.head_count")
-    if num_heads < 1:
-        raise FormatError("GGUF llama.attention.head_count must be positive")
-    head_dim = reader.integer("llama.attention.key_length", hidden_size // num_heads)
+    hidden_size = reader.positive("llama.embedding_length")
+    num_heads = reader.positive("llama.attention.head_count")
+    num_kv_heads = reader.positive("llama.attention.head_count_kv", num_heads)
+    if num_heads % num_kv_heads:
+        raise FormatError(
+            f"GGUF has {num_kv_heads} KV heads, which do not divide {num_heads} heads"
+        )
+    head_dim = reader.positive("llama.attention.key_length", hidden_size // num_heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if reader.integer(key, head_dim) != head_dim:
             raise FormatError(f"GGUF {key} other than the head size {head_dim} is not supported")
@@ -63,12 +67,12 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Collection[str])
         family="llama",
         vocab_size=_vocab_size(reader),
         hidden_size=hidden_size,
-        intermediate_size=reader.integer("llama.feed_forward_length"),
-        num_layers=reader.integer("llama.block_count"),
+        intermediate_size=reader.positive("llama.feed_forward_length"),
+        num_layers=reader.positive("llama.block_count"),
         num_heads=num_heads,
-        num_kv_heads=reader.integer("llama.attention.head_count_kv", num_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=reader.integer("llama.context_length"),
+        max_position_embeddings=reader.positive("llama.context_length"),
         rope_theta=reader.number("llama.rope.freq_base", 10000.0),
         rope_scaling=_rope_scaling(reader),
         rms_norm_eps=reader.number("llama.attention.layer_norm_rms_epsilon"),
@@ -93,15 +97,18 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if len(vocab) != len(tokens):
         raise FormatError("GGUF tokenizer.ggml.tokens holds a token twice")
     kind = reader.text("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind == "gpt2":
+        backend, adds_bos = _byte_level_bpe(reader, vocab)
+    elif kind == "llama":
+        backend, adds_bos = _sentencepiece(reader, vocab), True
+    else:
         raise FormatError(
-            f"GGUF tokenizer model {kind!r} is not supported, only gpt2; use the Hugging Face "
-            "folder of the model instead"
+            f"GGUF tokenizer model {kind!r} is not supported, only gpt2 and llama; use the "
+            "Hugging Face folder of the model instead"
         )
-    backend = _byte_level_bpe(reader, vocab)
     _add_added_tokens(backend, reader, tokens)
     bos_token_id, eos_token_ids = _bos_token_id(reader), _eos_token_ids(reader)
-    _set_post_processor(backend, reader, tokens, bos_token_id, eos_token_ids)
+    _set_post_processor(backend, reader, tokens, adds_bos, bos_token_id, eos_token_ids)
     template = metadata.get("tokenizer.chat_template")
     return Tokenizer(
         backend,
@@ -111,23 +118,45 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _byte_level_bpe(reader: _Reader, vocab: dict[str, int]) -> tokenizers.Tokenizer:
+def _byte_level_bpe(reader: _Reader, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer, and whether it adds a BOS when the file does not say."""
     name = reader.text("tokenizer.ggml.pre", "default")
     if name not in _PRE_TOKENIZERS:
         raise FormatError(
             f"GGUF pre-tokenizer {name!r} is not supported, only "
             f"{', '.join(sorted(_PRE_TOKENIZERS))}; use the Hugging Face folder of the model"
         )
-    pre_tokenizer, ignore_merges = _PRE_TOKENIZERS[name]
+    pre_tokenizer, is_llama3 = _PRE_TOKENIZERS[name]
     merges = [_split_merge(merge) for merge in reader.texts("tokenizer.ggml.merges")]
     try:
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama3)
     except Exception as error:  # the library raises bare Exception
         raise FormatError(f"GGUF tokenizer does not hold together: {error}") from None
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
-    return backend
+    return backend, is_llama3
+
+
+def _sentencepiece(reader: _Reader, vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    scores = reader.numbers("tokenizer.ggml.scores")
+    types = reader.integers("tokenizer.ggml.token_type")
+    if not len(vocab) == len(scores) == len(types):
+        raise FormatError(
+            f"GGUF tokenizer has {len(vocab)} tokens, {len(scores)} scores and "
+            f"{len(types)} token types"
+        )
+    unknown = [token for token, token_id in vocab.items() if types[token_id] == _TOKEN_UNKNOWN]
+    try:
+        return sentencepiece_bpe(
+            vocab,
+            scores,
+            [token for token, token_id in vocab.items() if types[token_id] == _TOKEN_NORMAL],
+            unknown_token=unknown[0] if unknown else None,
+            add_space_prefix=reader.flag("tokenizer.ggml.add_space_prefix", True),
+        )
+    except Exception as error:  # the library raises bare Exception
+        raise FormatError(f"GGUF tokenizer does not hold together: {error}") from None
 
 
 def _split_merge(merge: str) -> tuple[str, str]:
@@ -153,7 +182,8 @@ _PRE_TOKENIZERS: Mapping[str, tuple[pre_tokenizers.PreTokenizer, bool]] = {
     "smollm": (_DIGITS_THEN_GPT2, False),
     "llama-bpe": (_split_pre_tokenizer(_LLAMA3_SPLIT), True),
 }
-"""Name in the file: how text is cut, and whether whole known words skip merging."""
+"""Name in the file: how text is cut, and whether, as in Llama 3, whole known words skip
+merging and a BOS is the rule."""
 
 
 def _add_added_tokens(
@@ -178,6 +208,7 @@ def _set_post_processor(
     backend: tokenizers.Tokenizer,
     reader: _Reader,
     tokens: Sequence[str],
+    adds_bos: bool,
     bos_token_id: int | None,
     eos_token_ids: Sequence[int],
 ) -> None:
@@ -186,7 +217,7 @@ def _set_post_processor(
             raise FormatError(f"GGUF special token id {token_id} is outside the vocabulary")
     pieces = ["$A"]
     special = []
-    if reader.flag("tokenizer.ggml.add_bos_token") and bos_token_id is not None:
+    if reader.flag("tokenizer.ggml.add_bos_token", adds_bos) and bos_token_id is not None:
         pieces.insert(0, tokens[bos_token_id])
         special.append((tokens[bos_token_id], bos_token_id))
     if reader.flag("tokenizer.ggml.add_eos_token") and eos_token_ids:
@@ -198,7 +229,7 @@ def _set_post_processor(
 
 def _vocab_size(reader: _Reader) -> int:
     tokens = reader.metadata.get("tokenizer.ggml.tokens")
-    return reader.integer("llama.vocab_size", len(tokens) if isinstance(tokens, list) else None)
+    return reader.positive("llama.vocab_size", len(tokens) if isinstance(tokens, list) else None)
 
 
 def _rope_scaling(reader: _Reader) -> RopeScaling | None:
@@ -246,6 +277,12 @@ class _Reader:
             raise FormatError(f"GGUF metadata {key!r} must be a whole number")
         return value
 
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.integer(key, default)
+        if value == 0:
+            raise FormatError(f"GGUF metadata {key!r} must be positive")
+        return value
+
     def optional_integer(self, key: str) -> int | None:
         return self.integer(key) if key in self.metadata else None
 
@@ -255,8 +292,8 @@ class _Reader:
             raise FormatError(f"GGUF metadata {key!r} must be a positive number")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.metadata.get(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.metadata.get(key, default)
         if not isinstance(value, bool):
             raise FormatError(f"GGUF metadata {key!r} must be a boolean")
         return value
@@ -268,10 +305,19 @@ class _Reader:
         return value
 
     def integers(self, key: str) -> list[int]:
+        """Whole numbers, none when the file lacks the key."""
+        result: list[int] = self._array(key, "iu", "whole numbers")
+        return result
+
+    def numbers(self, key: str) -> list[float]:
+        """Numbers, none when the file lacks the key."""
+        result: list[float] = self._array(key, "f", "numbers")
+        return result
+
+    def _array(self, key: str, kinds: str, what: str) -> list[Any]:
         value = self.metadata.get(key)
         if value is None:
             return []
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
-            raise FormatError(f"GGUF metadata {key!r} must be an array of whole numbers")
-        result: list[int] = value.tolist()
-        return result
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
+            raise FormatError(f"GGUF metadata {key!r} must be an array of {what}")
+        return list(value.tolist())

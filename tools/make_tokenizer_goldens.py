@@ -11,7 +11,12 @@ file names and under others that share its vocabulary, and
     pip install transformers gguf
     python tools/make_tokenizer_goldens.py chat MODEL.gguf tests/goldens/tokenizer
 
-has transformers render the file's own chat template.
+has transformers render the file's own chat template, and
+
+    pip install sentencepiece gguf
+    python tools/make_tokenizer_goldens.py sentencepiece MODEL.gguf tests/goldens/tokenizer
+
+trains a small SentencePiece model on the corpus and asks it for its tokens.
 """
 
 # ruff: noqa: RUF001  (the corpus is meant to confuse)
@@ -194,6 +199,53 @@ def make_chat(model: Path, folder: Path) -> None:
     write(folder / "smollm2_chat.json", {"template": template, "cases": cases})
 
 
+def make_sentencepiece(model: Path, folder: Path) -> None:
+    """Writes a small vocabulary as Llama 2's is made, and SentencePiece's tokens of the corpus."""
+    import sentencepiece
+
+    del model
+    texts = HAND_WRITTEN + random_texts(150) + repetitive_texts(100)
+    words = Path(__file__).read_text(encoding="utf-8").split("\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words * 3 + HAND_WRITTEN + repetitive_texts(300, seed=2)),
+            model_prefix=f"{scratch}/m",
+            model_type="bpe",
+            vocab_size=900,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.999,
+            num_threads=1,
+        )
+        processor = sentencepiece.SentencePieceProcessor(model_file=f"{scratch}/m.model")
+    kinds = {"is_unknown": 2, "is_control": 3, "is_byte": 6}
+    vocabulary = [
+        [
+            processor.id_to_piece(token_id),
+            processor.get_score(token_id),
+            next((kinds[test] for test in kinds if getattr(processor, test)(token_id)), 1),
+        ]
+        for token_id in range(processor.vocab_size())
+    ]
+    cases = [
+        {"text": text, "ids": processor.encode(text)}
+        for text in texts
+        if "\0" not in text  # SentencePiece ends a text there
+    ]
+    head = {"reference": "sentencepiece", "vocabulary": vocabulary, "cases": cases}
+    write(folder / "sentencepiece.json", head)
+
+
+def repetitive_texts(count: int, seed: int = 1) -> list[str]:
+    """Few letters, many ways to join them: where the order of joins shows."""
+    generator = random.Random(seed)  # noqa: S311
+    return ["".join(generator.choices("aab b", k=generator.randint(3, 40))) for _ in range(count)]
+
+
 def write(path: Path, value: dict[str, Any]) -> None:
     """One case a line, so that a change shows as the lines it touches."""
     head = {key: item for key, item in value.items() if key != "cases"}
@@ -204,12 +256,12 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("part", choices=["tokens", "chat"])
+    parser.add_argument("part", choices=["tokens", "chat", "sentencepiece"])
     parser.add_argument("model", type=Path, help="SmolLM2-135M-Instruct as a GGUF file")
     parser.add_argument("folder", type=Path, help="where the goldens go")
     arguments = parser.parse_args()
-    make = make_tokens if arguments.part == "tokens" else make_chat
-    make(arguments.model, arguments.folder)
+    parts = {"tokens": make_tokens, "chat": make_chat, "sentencepiece": make_sentencepiece}
+    parts[arguments.part](arguments.model, arguments.folder)
 
 
 if __name__ == "__main__":

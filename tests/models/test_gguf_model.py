@@ -1,0 +1,122 @@
+"""ModelConfig out of GGUF metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.errors import FormatError
+from checkpoint.formats.gguf import GgufFile
+from models.config import ModelConfig, RopeScaling
+from models.gguf_model import config_from_gguf
+
+NAMES = ("token_embd.weight", "output.weight", "blk.0.attn_q.weight")
+
+
+def metadata(**changes: Any) -> dict[str, Any]:
+    """Metadata of a Mistral-like model; `__` in a name stands for a dot."""
+    base: dict[str, Any] = {
+        "general.architecture": "llama",
+        "llama.vocab_size": 1000,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 160,
+        "llama.block_count": 3,
+        "llama.attention.head_count": 8,
+        "llama.attention.head_count_kv": 2,
+        "llama.context_length": 4096,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    return base | {key.replace("__", "."): value for key, value in changes.items()}
+
+
+def test_every_field() -> None:
+    full = metadata(
+        llama__attention__key_length=16,
+        llama__attention__value_length=16,
+        llama__rope__dimension_count=16,
+        llama__rope__freq_base=1e6,
+        llama__rope__scaling__type="linear",
+        llama__rope__scaling__factor=4.0,
+        llama__attention__sliding_window=512,
+        tokenizer__ggml__bos_token_id=1,
+        tokenizer__ggml__eos_token_id=2,
+        tokenizer__ggml__eot_token_id=7,
+    )
+    assert config_from_gguf(full, NAMES) == ModelConfig(
+        family="llama",
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=160,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        rope_scaling=RopeScaling("linear", 4.0),
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        sliding_window=512,
+        bos_token_id=1,
+        eos_token_ids=(2, 7),
+    )
+
+
+def test_defaults() -> None:
+    bare = metadata(tokenizer__ggml__tokens=["x"] * 77)
+    del bare["llama.vocab_size"], bare["llama.attention.head_count_kv"]
+    config = config_from_gguf(bare, ["token_embd.weight", "blk.0.attn_q.bias"])
+    assert (config.vocab_size, config.num_kv_heads, config.head_dim) == (77, 8, 8)
+    assert (config.rope_theta, config.rope_scaling, config.sliding_window) == (10000.0, None, None)
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+    assert config.tie_word_embeddings
+    assert config.attention_bias
+    assert not config.mlp_bias
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "message"),
+    [
+        ({"general__architecture": "mamba"}, NAMES, "'mamba' is not supported, only llama"),
+        ({"general__architecture": None}, NAMES, "lacks 'general.architecture'"),
+        ({"llama__expert_count": 8}, NAMES, "experts"),
+        ({}, (*NAMES, "rope_freqs.weight"), "rope_freqs.weight"),
+        ({"llama__rope__scaling__type": "yarn"}, NAMES, "'yarn' is not supported"),
+        ({"llama__rope__scaling__type": "linear"}, NAMES, "scaling.factor"),
+        ({"llama__attention__head_count": 0}, NAMES, "must be positive"),
+        ({"llama__attention__head_count_kv": 0}, NAMES, "must be positive"),
+        ({"llama__attention__head_count_kv": 3}, NAMES, "do not divide"),
+        ({"llama__block_count": 0}, NAMES, "must be positive"),
+        ({"llama__block_count": -1}, NAMES, "whole number"),
+        ({"llama__block_count": 2.5}, NAMES, "whole number"),
+        ({"llama__block_count": None}, NAMES, "lacks 'llama.block_count'"),
+        ({"llama__embedding_length": True}, NAMES, "whole number"),
+        ({"llama__attention__value_length": 4}, NAMES, "value_length"),
+        ({"llama__rope__dimension_count": 4}, NAMES, "dimension_count"),
+        ({"llama__rope__freq_base": float("nan")}, NAMES, "positive number"),
+        ({"llama__rope__freq_base": float("inf")}, NAMES, "positive number"),
+        ({"llama__attention__layer_norm_rms_epsilon": None}, NAMES, "lacks"),
+        ({"llama__vocab_size": None}, NAMES, "lacks 'llama.vocab_size'"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        config_from_gguf(metadata(**changes), names)
+
+
+@pytest.mark.real_model
+def test_smollm2(smollm2_path: Path) -> None:
+    file = GgufFile(smollm2_path)
+    config = config_from_gguf(file.metadata, file.names())
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (
+        30,
+        9,
+        3,
+        64,
+    )
+    assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (576, 1536, 49152)
+    assert config.rope_theta == 100000.0
+    assert config.tie_word_embeddings
+    assert config.eos_token_ids == (2,)

@@ -72,7 +72,8 @@ def gguf_name_table(config: ModelConfig) -> NameTable:
             TensorRule("output_norm.weight", "final_norm"),
             *_head_rules(config, "output.weight"),
         ),
-        ignored=(r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd\.weight"),
+        # Not rope_freqs.weight: it scales the rotary embedding, so it must not be dropped.
+        ignored=(r"blk\.\d+\.attn_rot_embd\.weight",),
         copies=_head_copies(config, "output.weight", "token_embd.weight"),
     )
 

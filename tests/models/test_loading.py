@@ -6,12 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from checkpoint.errors import FormatError
-from checkpoint.param_loading import flatten
-from models.loading import open_model
+from checkpoint.param_loading import export_tensors, flatten
+from models.loading import ModelSource, open_model
 
 TINY = Path(__file__).parent.parent / "goldens" / "tiny"
 
@@ -23,6 +25,47 @@ def test_a_folder_is_opened_by_its_config() -> None:
     assert source.convention == "hf"
     params = source.load_params(jnp.bfloat16)
     assert {leaf.dtype for leaf in flatten(params).values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+def write_gguf(source: ModelSource, path: Path) -> None:
+    """The folder's model as a GGUF file with float32 tensors and no tokenizer."""
+    config = source.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    table = source.family.name_tables["gguf"](config)
+    for name, values in export_tensors(source.load_params(jnp.float32), table):
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("variant", ["mqa", "tied", "head_dim"])
+def test_the_same_model_as_a_gguf_file_has_the_same_parameters(
+    variant: str, tmp_path: Path
+) -> None:
+    folder = open_model(TINY / variant)
+    write_gguf(folder, tmp_path / "tiny.gguf")
+    file = open_model(tmp_path / "tiny.gguf")
+    assert (file.name, file.convention) == ("tiny", "gguf")
+    assert file.config.tie_word_embeddings == folder.config.tie_word_embeddings
+    assert file.config.head_dim == folder.config.head_dim
+    assert file.config.rms_norm_eps == pytest.approx(folder.config.rms_norm_eps)
+    expected = flatten(folder.load_params(jnp.float32))
+    for path, leaf in flatten(file.load_params(jnp.float32)).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
 def test_a_config_that_is_not_the_weights_names_every_tensor(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Incremental detokenisation: token ids in, the text they add out.
 
 The pieces of one request, joined, are what decoding all its tokens at once
-gives. Text is held back only while its last character is incomplete.
+gives, in the place where they stand: a word keeps the space that parts it from
+the prompt. Text is held back only while its last character is incomplete.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class DetokenizerFactory:
         self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
     ) -> Detokenizer:
         """A detokenizer for the text that follows the prompt."""
-        context = prompt_token_ids[-_NUM_CONTEXT_TOKENS:]
         if self._token_bytes is not None:
-            return ByteLevelDetokenizer(self._token_bytes, context, skip_special_tokens)
+            return ByteLevelDetokenizer(self._token_bytes, skip_special_tokens)
+        context = prompt_token_ids[-_NUM_CONTEXT_TOKENS:]
         return WindowDetokenizer(self._tokenizer, context, skip_special_tokens)
 
 
@@ -94,14 +95,10 @@ class _TokenBytes:
 class ByteLevelDetokenizer:
     """For byte-level BPE, where a token is a byte string: exact, O(1) a token."""
 
-    def __init__(
-        self, token_bytes: _TokenBytes, context: Sequence[int], skip_special_tokens: bool
-    ) -> None:
+    def __init__(self, token_bytes: _TokenBytes, skip_special_tokens: bool) -> None:
         self._token_bytes = token_bytes
         self._skipped = token_bytes.special_token_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        # A prompt may end within a character; the output then completes it.
-        self.push(context)
 
     def push(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(

@@ -253,7 +253,7 @@ def test_ends_reach_requests_that_the_queue_had_no_room_for() -> None:
 
 def test_deadlines_of_finished_requests_are_forgotten() -> None:
     rig = Rig()
-    for index in range(500):
+    for _ in range(500):
         generation = replace(request("x", max_tokens=1), deadline_s=1e9)
         rig.inbox.put(Arrival(Request(generation, 1, 0, frozenset(), rig.clock()), rig.sink))
         rig.run()

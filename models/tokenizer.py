@@ -12,13 +12,14 @@ from typing import Any
 
 import tokenizers
 
+from checkpoint.errors import FormatError
 from models.chat_template import ChatTemplate
 
 _MAX_JSON_BYTES = 1 << 26
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be built, or text that cannot be encoded."""
+    """Text that cannot be encoded, ids that cannot be decoded, or a chat without a template."""
 
 
 class Tokenizer:
@@ -60,19 +61,19 @@ class Tokenizer:
         """Reads a Hugging Face folder: tokenizer.json, and where they exist
         tokenizer_config.json, generation_config.json and chat_template.jinja.
 
-        Raises TokenizerError when tokenizer.json is missing or malformed.
+        Raises FormatError when tokenizer.json is missing or malformed.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise TokenizerError(
+            raise FormatError(
                 f"{folder} has no tokenizer.json; save it there with the fast tokenizer's "
                 "save_pretrained, or use a GGUF file, which carries its own"
             )
         try:
             backend = tokenizers.Tokenizer.from_str(_read_text(file))
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{file} is not a valid tokenizer: {error}") from None
+            raise FormatError(f"{file} is not a valid tokenizer: {error}") from None
         config = _read_json(folder / "tokenizer_config.json")
         generation = _read_json(folder / "generation_config.json")
         bos_token_id = _token_id(backend, config.get("bos_token"))
@@ -167,11 +168,11 @@ def _check_text(text: str) -> None:
 
 def _read_text(file: Path) -> str:
     if file.stat().st_size > _MAX_JSON_BYTES:
-        raise TokenizerError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+        raise FormatError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{file} is not valid UTF-8: {error.reason}") from None
+        raise FormatError(f"{file} is not valid UTF-8: {error.reason}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -180,9 +181,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(file))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{file} is not valid JSON: {error}") from None
+        raise FormatError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise TokenizerError(f"{file} must hold a JSON object")
+        raise FormatError(f"{file} must hold a JSON object")
     return value
 
 

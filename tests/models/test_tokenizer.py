@@ -286,16 +286,16 @@ def test_folder_eos_ids_and_named_templates(tmp_path: Path) -> None:
 
 
 def test_bad_folders(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
+    with pytest.raises(FormatError, match=r"has no tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
     write_folder(tmp_path)
     for bad in ("{", "[]", "[" * 100_000, "\ud800"):
         raw = bad.encode("utf-8", "surrogatepass")
         (tmp_path / "tokenizer_config.json").write_bytes(raw)
-        with pytest.raises(TokenizerError, match="tokenizer_config"):
+        with pytest.raises(FormatError, match="tokenizer_config"):
             Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     for bad in ("{}", "null", '{"model": {"type": "BPE", "vocab": 3}}', "x" * 100):
         (tmp_path / "tokenizer.json").write_text(bad)
-        with pytest.raises(TokenizerError, match="not a valid tokenizer"):
+        with pytest.raises(FormatError, match="not a valid tokenizer"):
             Tokenizer.from_folder(tmp_path)

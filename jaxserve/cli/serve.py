@@ -74,7 +74,8 @@ def serve(
         jaxserve serve --model ./model.gguf --grpc-port 0 --http-port 0
     """
     # Imported late: `--help` must not wait for jax.
-    from jaxserve.cli.startup_view import stderr_console
+    from rich.console import Console
+
     from jaxserve.server.config import ServerConfig
 
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
@@ -85,7 +86,7 @@ def serve(
         reflection=reflection,
         drain_timeout_s=drain_timeout_s,
     )
-    console = stderr_console()
+    console = Console(stderr=True, highlight=False)
     if host not in _LOOPBACK:
         console.print(f"warning: {host} may be reached by others; requests are not authenticated")
     drained = asyncio.run(_serve(engine_config, server_config, console))
@@ -98,20 +99,24 @@ async def _serve(
     engine_config: EngineConfig, server_config: ServerConfig, console: Console
 ) -> bool:
     from jaxserve.cli.pull import pull_with_progress
-    from jaxserve.cli.startup_view import PhasePrinter, print_report
-    from jaxserve.engine.startup import start_engine
     from jaxserve.model_store import CATALOG
     from jaxserve.server.lifecycle import Server, run_until_signal
 
     server = Server(server_config)
 
     def start() -> RunningEngine:
+        # Imports jax, which takes a second: the ports are taken before.
+        from jaxserve.cli.startup_view import PhasePrinter
+        from jaxserve.engine.startup import start_engine
+
         if engine_config.model.lower() in CATALOG:
             pull_with_progress(engine_config.model)
         console.print(f"starting {engine_config.model}")
         return start_engine(engine_config, PhasePrinter(console))
 
     def announce(running: RunningEngine) -> None:
+        from jaxserve.cli.startup_view import print_report
+
         print_report(console, running.report)
         host = server_config.host
         typer.echo(f"READY grpc={host}:{server.grpc_port} http={host}:{server.http_port}")

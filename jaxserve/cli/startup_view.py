@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from jaxserve.engine.startup import StartupReport
 
 
-def stderr_console() -> Console:
-    """Where progress goes, so that stdout stays for output."""
-    return Console(stderr=True, highlight=False)
-
-
 class PhasePrinter:
     """One line a phase, as `start_engine` reports it."""
 

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,21 @@ FLAGS = ["--max-model-len", "512", "--token-budget", "16", "--buckets", "4,16"]
 FLAGS += ["--max-num-seqs", "4", "--kv-cache-bytes", "2MiB"]
 
 
+@dataclass(frozen=True)
+class Setup:
+    model: Path
+    compilation_cache: Path
+
+
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+def setup(tmp_path_factory, compilation_cache) -> Setup:
+    return Setup(write_tiny_model(tmp_path_factory.mktemp("tiny")), compilation_cache)
 
 
 @contextlib.contextmanager
-def _process(model: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    command = [*PROGRAM, "serve", "--model", str(model), *FLAGS]
-    command += ["--compilation-cache-dir", str(model.parent / "xla")]
+def _process(setup: Setup, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*PROGRAM, "serve", "--model", str(setup.model), *FLAGS]
+    command += ["--compilation-cache-dir", str(setup.compilation_cache)]
     command += flags or ("--grpc-port", "0", "--http-port", "0")
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -51,8 +58,8 @@ def _addresses(process: subprocess.Popen[str]) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def test_serve_stream_chat_and_drain(tiny_model):
-    with _process(tiny_model) as process:
+def test_serve_stream_chat_and_drain(setup):
+    with _process(setup) as process:
         grpc_address, http_address = _addresses(process)
         with Client(grpc_address) as client:
             assert client.is_serving()
@@ -123,9 +130,9 @@ def _check_drain(client: Client, process: subprocess.Popen[str]) -> None:
     assert results == dict.fromkeys(range(4), (num_tokens, FinishReason.LENGTH))
 
 
-def test_a_busy_port_ends_with_the_fix(tiny_model, service):
+def test_a_busy_port_ends_with_the_fix(setup, service):
     port = str(service.server.grpc_port)
-    with _process(tiny_model, "--grpc-port", port, "--http-port", "0") as process:
+    with _process(setup, "--grpc-port", port, "--http-port", "0") as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert f"127.0.0.1:{port}" in errors
@@ -134,8 +141,8 @@ def test_a_busy_port_ends_with_the_fix(tiny_model, service):
 
 
 @pytest.mark.long
-def test_sigterm_during_start_up_exits_0(tiny_model):
-    with _process(tiny_model) as process:
+def test_sigterm_during_start_up_exits_0(setup):
+    with _process(setup) as process:
         assert process.stderr is not None
         process.stderr.readline()  # The ports answer from here on.
         process.send_signal(signal.SIGTERM)
@@ -143,8 +150,8 @@ def test_sigterm_during_start_up_exits_0(tiny_model):
 
 
 @pytest.mark.long
-def test_a_second_signal_is_immediate(tiny_model):
-    with _process(tiny_model) as process, Client(_addresses(process)[0]) as client:
+def test_a_second_signal_is_immediate(setup):
+    with _process(setup) as process, Client(_addresses(process)[0]) as client:
         call = client.generate("abc", max_tokens=CONTEXT, ignore_eos=True)
         next(iter(call))
         process.send_signal(signal.SIGTERM)
@@ -156,9 +163,9 @@ def test_a_second_signal_is_immediate(tiny_model):
 
 
 @pytest.mark.long
-def test_drain_timeout_cuts_short_with_exit_1(tiny_model):
+def test_drain_timeout_cuts_short_with_exit_1(setup):
     ports = ("--grpc-port", "0", "--http-port", "0")
-    with _process(tiny_model, *ports, "--drain-timeout-s", "0") as process:
+    with _process(setup, *ports, "--drain-timeout-s", "0") as process:
         with Client(_addresses(process)[0]) as client:
             deltas = iter(client.generate("abc", max_tokens=500, ignore_eos=True))
             next(deltas)
@@ -168,8 +175,8 @@ def test_drain_timeout_cuts_short_with_exit_1(tiny_model):
 
 
 @pytest.mark.long
-def test_bad_model_is_one_line(tmp_path):
-    with _process(tmp_path / "nothing") as process:
+def test_bad_model_is_one_line(setup, tmp_path):
+    with _process(replace(setup, model=tmp_path / "nothing")) as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "Traceback" not in errors

@@ -16,6 +16,7 @@ from jaxserve.server.config import ServerConfig
 from jaxserve.server.control_servicer import ControlServicer
 from jaxserve.server.health import HealthReporter
 from jaxserve.server.inference_servicer import InferenceServicer
+from jaxserve.server.malformed import RefuseMalformed
 from jaxserve.server.state import ServerState
 
 KEEPALIVE_S = 60
@@ -53,7 +54,9 @@ def create_grpc_server(
     cannot be had.
     """
     server = grpc.aio.server(
-        options=channel_options(config), maximum_concurrent_rpcs=config.max_concurrent_calls
+        options=channel_options(config),
+        interceptors=(RefuseMalformed(),),
+        maximum_concurrent_rpcs=config.max_concurrent_calls,
     )
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(state, workers), server)
     control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(state), server)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import time
 
 import grpc
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.errors import InvalidRequest
@@ -84,11 +88,11 @@ def _cases(table):
 
 
 def test_every_setting_is_in_the_protocol_and_in_the_tables():
-    settings = set(SamplingParams.__dataclass_fields__)
-    assert set(convert.SETTING_PATHS) == settings
-    assert set(EDGE_SETTINGS) == settings
+    names = set(SamplingParams.__dataclass_fields__)
+    assert set(convert.SETTING_PATHS) == names
+    assert set(EDGE_SETTINGS) == names
     unbounded = {"seed", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
-    assert set(BAD_SETTINGS) == settings - unbounded
+    assert set(BAD_SETTINGS) == names - unbounded
 
 
 @pytest.mark.parametrize(("name", "value"), _cases(BAD_SETTINGS))
@@ -157,6 +161,21 @@ def test_a_request_id_in_use_is_refused(service: Service):
     assert list(service.client.generate("x", max_tokens=1, request_id="twin"))
 
 
+FULL_REQUEST = convert.generate_request(
+    "some text",
+    request_id="abc",
+    cache_salt="salt",
+    temperature=0.5,
+    top_p=0.9,
+    logit_bias={1: 1.0},
+    allowed_token_ids=[1, 2, 3],
+    bad_token_ids=[3],
+    stop=["zz"],
+    stop_token_ids=[9],
+    max_tokens=2,
+    logprobs=1,
+)
+
 UNKNOWN = b"\xf8\x3f\x01"  # Field number 1023, varint 1.
 
 
@@ -185,10 +204,36 @@ def test_tokenize_refuses_what_generate_refuses(shared: Service):
             shared.client.tokenize(prompt)
 
 
-def test_malformed_bytes_are_an_error_of_that_call_only(shared: Service):
-    error = _refusal(shared, b"\x12\xff\xff")
-    assert "Traceback" not in (error.details() or "")
-    assert shared.client.is_serving()
+@pytest.mark.parametrize("data", [b"\x12\xff\xff", b"\x12\x03\x0a\x01\xff", b"\x00"])
+def test_bytes_that_are_no_message_are_refused(shared: Service, data):
+    error = _refusal(shared, data)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(error.trailing_metadata())["jaxserve-field"] == "request"
+    with grpc.insecure_channel(shared.address) as channel, pytest.raises(grpc.RpcError) as refusal:
+        channel.unary_unary("/jaxserve.v1.Inference/Tokenize")(b"\x0a\xff")
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(data=st.data())
+def test_mutated_requests_never_break_the_server(shared: Service, data):
+    """Flipped, cut and inserted bytes give an answer or a clean refusal."""
+    raw = bytearray(FULL_REQUEST.SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        index = data.draw(st.integers(0, len(raw) - 1))
+        kind = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+        if kind == "flip":
+            raw[index] ^= 1 << data.draw(st.integers(0, 7))
+        elif kind == "cut" and len(raw) > 1:
+            del raw[index]
+        else:
+            raw.insert(index, data.draw(st.integers(0, 255)))
+    with grpc.insecure_channel(shared.address) as channel:
+        call = channel.unary_stream("/jaxserve.v1.Inference/Generate")(bytes(raw))
+        with contextlib.suppress(grpc.RpcError):
+            list(call)
+    assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), call.details()
+    assert not shared.engine.snapshot().failed
 
 
 def test_a_message_above_4_mib_is_refused_quickly(shared: Service):
@@ -206,6 +251,19 @@ def test_metadata_above_its_limit_is_refused(shared: Service):
             stub.Abort(pb.AbortRequest(request_id="x"), metadata=[("big", "m" * (9 << 10))])
     assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert shared.client.is_serving()
+
+
+def test_neither_prompt_nor_output_is_logged(service: Service, caplog):
+    caplog.set_level(logging.DEBUG)
+    canary = "canary-4711"
+    text = "".join(output.text for output in service.client.generate(canary, max_tokens=30))
+    for bad in ({"max_tokens": 0}, {"stop": [""]}):
+        with pytest.raises(InvalidRequest):
+            list(service.client.generate(canary, **bad))
+    with pytest.raises(InvalidRequest):
+        service.client.tokenize([{"role": "pirate", "content": canary}])
+    assert canary not in caplog.text
+    assert text[:12] not in caplog.text
 
 
 def _refusal(service: Service, request: pb.GenerateRequest | bytes) -> grpc.RpcError:

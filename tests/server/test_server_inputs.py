@@ -151,7 +151,7 @@ def test_a_bad_request_is_named(shared: Service, field, fields):
 
 def test_a_request_id_in_use_is_refused(service: Service):
     service.executor.step_s = 0.005
-    call = service.client.generate("x", max_tokens=100, request_id="twin")
+    call = service.client.generate("x", max_tokens=400, request_id="twin")
     next(iter(call))
     with pytest.raises(InvalidRequest) as refusal:
         list(service.client.generate("x", request_id="twin"))

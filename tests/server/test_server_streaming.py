@@ -117,7 +117,9 @@ def test_cancel_frees_pages_within_two_steps(service, stage):
         wait_for(lambda: service.engine.snapshot().num_running == 4)
     if stage == "prefill":
         executor.gate.clear()
-    call = client.generate("p" * 200, max_tokens=200)
+    if stage == "decode":
+        executor.step_s = 0.01
+    call = client.generate("p" * 200, max_tokens=300)
     if stage == "queue":
         wait_for(lambda: service.engine.snapshot().num_waiting == 1)
     elif stage == "prefill":
@@ -148,7 +150,7 @@ def test_deadline_ends_a_running_request(service):
     start_s = time.monotonic()
     with pytest.raises(TimeoutError):
         list(call)
-    assert time.monotonic() - start_s < 1.0
+    assert time.monotonic() - start_s < 2.0  # The 500 steps would take 5 s.
     service.assert_idle(timeout_s=1.0)
 
 
@@ -167,7 +169,7 @@ def test_deadline_ends_a_waiting_request(service):
 
 def test_overload_is_refused_and_recovers(service):
     service.executor.step_s = 0.01
-    calls = [service.client.generate("o", max_tokens=100) for _ in range(4)]
+    calls = [service.client.generate("o", max_tokens=400) for _ in range(4)]
     wait_for(lambda: service.engine.snapshot().num_running == 4)
     calls += [service.client.generate("o", max_tokens=2) for _ in range(8)]
     wait_for(lambda: service.engine.snapshot().num_waiting == 8)
@@ -217,7 +219,7 @@ def test_unavailable_until_ready_and_while_draining(make_service):
     service.make_ready()
     assert service.client.is_serving()
     service.executor.step_s = 0.01
-    running = service.client.generate("x", max_tokens=50)
+    running = service.client.generate("x", max_tokens=400)
     deltas = iter(running)
     next(deltas)
     draining = threading.Thread(target=lambda: service.call(service.server.drain()))
@@ -225,5 +227,6 @@ def test_unavailable_until_ready_and_while_draining(make_service):
     wait_for(lambda: not service.client.is_serving())
     with pytest.raises(NotAccepting, match="draining"):
         list(service.client.generate("x"))
+    service.executor.step_s = 0.0
     assert list(deltas)[-1].finish_reason is FinishReason.LENGTH
     draining.join()

@@ -22,7 +22,6 @@ class _Stream:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     num_tokens: int = 0
     too_slow: bool = False
-    abandoned: bool = False
 
     def put(self, output: RequestOutput) -> None:
         self.outputs.append(output)
@@ -94,8 +93,6 @@ class AsyncEngine:
                 yield output
         finally:
             if not finished:
-                stream.abandoned = True
-                stream.outputs.clear()
                 self.engine.abort(request_id)
 
     def dispatch(self, outputs: Sequence[RequestOutput]) -> None:
@@ -104,8 +101,6 @@ class AsyncEngine:
             stream = self._streams[output.request_id]
             if output.finish_reason is not None:
                 del self._streams[output.request_id]
-            if stream.abandoned:
-                continue
             stream.put(output)
             unread = output.finish_reason is None and stream.num_tokens > self._max_backlog_tokens
             if unread and not stream.too_slow:

@@ -104,6 +104,14 @@ def test_bytes_that_never_become_a_character_do_not_hold_text_for_ever() -> None
     assert max(lags) <= 16
 
 
+def test_the_window_stays_short() -> None:
+    detokenizer = WindowDetokenizer(FALLBACK, (), skip_special_tokens=True)
+    ids = FALLBACK.encode(TEXTS[0] * 20, add_special_tokens=False)
+    for token_id in ids:
+        detokenizer.push((token_id,))
+        assert len(detokenizer._window) <= 4
+
+
 def test_a_token_costs_the_same_however_long_the_text_is() -> None:
     detokenizer = DetokenizerFactory(BYTE_LEVEL).create(())
     ids = BYTE_LEVEL.encode(" ".join(TEXTS) * 50, add_special_tokens=False)

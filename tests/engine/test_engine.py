@@ -202,6 +202,9 @@ def test_min_tokens_also_holds_off_stop_strings(started: list[Engine]) -> None:
     sink.wait_finished("a")
     assert sink.text("a") == "xx-"
     assert sink.finals()["a"] == [FinishReason.STOP]
+    engine.add(request("a", stop=("-",), min_tokens=3), sink := CollectingSink())
+    sink.wait_finished("a")
+    assert sink.text("a") == "xx-xx", "the third token is one of the min_tokens"
 
 
 def test_one_delivery_a_step_for_all_requests_of_a_sink(started: list[Engine]) -> None:

@@ -171,6 +171,20 @@ def test_host_gap_shows_the_hosts_time_when_the_device_waits() -> None:
     assert [step.device_wait_s for step in steps] == [1.0] * 4
 
 
+def test_planning_beside_a_step_in_flight_is_no_host_gap() -> None:
+    rig = Rig(depth=2)
+    plan = rig.scheduler.plan
+
+    def slow_plan(now_s: float):  # type: ignore[no-untyped-def]
+        rig.clock.now_s += 0.125
+        return plan(now_s)
+
+    rig.scheduler.plan = slow_plan  # type: ignore[method-assign]
+    rig.add("a", max_tokens=4)
+    rig.run()
+    assert [step.host_gap_s for step in rig.metrics.recent_steps] == [0.125, 0.0, 0.0, 0.0]
+
+
 def test_fill_counts_tokens_over_bucket_rows() -> None:
     rig = Rig()
     rig.add("a", b"x" * 9, max_tokens=3)
@@ -249,6 +263,7 @@ def test_ends_reach_requests_that_the_queue_had_no_room_for() -> None:
     assert rig.sink.finals() == {"r3": [FinishReason.CANCELLED]}
     rig.run()
     assert len(rig.sink.finals()) == 4
+    assert "r3" not in {chunk.request_id for plan in rig.executor.plans for chunk in plan.chunks}
 
 
 def test_deadlines_of_finished_requests_are_forgotten() -> None:

@@ -37,7 +37,7 @@ def test_no_more_than_max_ahead_are_taken_from_the_source() -> None:
             yield request(f"r{index}", max_tokens=4)
 
     for num_done, _ in enumerate(complete_in_order(engine, source(), max_ahead=5), start=1):
-        assert num_taken <= num_done + 5
+        assert num_taken <= num_done - 1 + 5
     assert num_taken == 20
     engine.stop()
 

@@ -26,7 +26,7 @@ $(UV): requirements/uv.txt
 	@touch $@
 
 $(STAMP): $(UV) requirements/dev.txt pyproject.toml
-	$(UV_PIP) sync --quiet --require-hashes requirements/dev.txt
+	$(UV_PIP) sync --quiet --require-hashes --compile-bytecode requirements/dev.txt
 	$(UV_PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,14 +41,12 @@ def test_help_lists_every_command_and_no_help_loads_jax() -> None:
     assert all(name in done.stdout for name in SUMMARIES)
 
 
-def test_help_answers_within_a_second() -> None:
-    # The best of three: another program may have the processor for a moment.
-    took_s = []
-    for _ in range(3):
-        start_s = time.perf_counter()
-        assert jaxserve("--help").returncode == 0
-        took_s.append(time.perf_counter() - start_s)
-    assert min(took_s) < 1.0
+def test_help_takes_less_than_a_second_of_the_processor() -> None:
+    # Not of the clock: other programs may have the processor meanwhile.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert jaxserve("--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_version() -> None:

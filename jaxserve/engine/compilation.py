@@ -53,11 +53,11 @@ class CompileCounter:
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_s: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _BACKEND_COMPILE_EVENT:
             with self._lock:
                 self._count += 1
-                self._seconds += duration_s
+                self._seconds += duration_secs
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,4 +103,5 @@ class JaxExecutor:
         return plan, unpack_outputs(plan.step_id, host, plan.num_sample_rows)
 
     def _put(self, vector: np.ndarray) -> jax.Array:
-        return jax.device_put(vector, self._device)
+        array: jax.Array = jax.device_put(vector, self._device)
+        return array

@@ -108,7 +108,10 @@ def _adjust(
 
     def when(bit: int, change: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         uses = ((flags & bit) != 0)[:, None]
-        return lax.cond(_any(flags, bit), lambda x: jnp.where(uses, change(x), x), lambda x: x, x)
+        changed: jax.Array = lax.cond(
+            _any(flags, bit), lambda x: jnp.where(uses, change(x), x), lambda x: x, x
+        )
+        return changed
 
     rows = jnp.arange(logits.shape[0])[:, None]
     minus_infinity = jnp.finfo(jnp.float32).min
@@ -158,12 +161,13 @@ def _draw(
 
     def keep(bit: int, threshold: Callable[[jax.Array], jax.Array], w: jax.Array) -> jax.Array:
         uses = ((flags & bit) != 0)[:, None]
-        return lax.cond(
+        kept: jax.Array = lax.cond(
             _any(flags, bit),
             lambda w: jnp.where(uses & (w < threshold(w)), 0.0, w),
             lambda w: w,
             w,
         )
+        return kept
 
     weights = keep(
         slot_flags.USES_TOP_K,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxserve.engine.plan import SlotLoad
 from jaxserve.engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
@@ -82,13 +83,13 @@ class SlotState:
     """int32 [S, V]: how often a token was generated, with `IN_PROMPT`."""
 
 
-def slot_state_shapes(num_slots: int, vocab_size: int) -> SlotState:
-    """The state's abstract arrays."""
+def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
+    """A zeroed state; under `jax.eval_shape`, its abstract arrays."""
 
-    def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((num_slots, *shape), dtype)
+    def array(dtype: DTypeLike, *shape: int) -> jax.Array:
+        return jnp.zeros((num_slots, *shape), dtype)
 
-    return SlotState(  # type: ignore[arg-type]  # abstract arrays stand in
+    return SlotState(
         last_token=array(jnp.int32),
         flags=array(jnp.int32),
         seed=array(jnp.uint32, 2),
@@ -101,6 +102,11 @@ def slot_state_shapes(num_slots: int, vocab_size: int) -> SlotState:
         allowed_mask=array(jnp.uint32, num_mask_words(vocab_size)),
         token_counts=array(jnp.int32, vocab_size),
     )
+
+
+def slot_state_shapes(num_slots: int, vocab_size: int) -> SlotState:
+    """The state as `jax.ShapeDtypeStruct` leaves, without computing anything."""
+    return jax.eval_shape(partial(empty_slots, num_slots, vocab_size))
 
 
 def num_mask_words(vocab_size: int) -> int:

@@ -31,7 +31,7 @@ from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.settings import EngineSettings, resolve_settings
-from jaxserve.engine.slots import SlotState, slot_state_shapes
+from jaxserve.engine.slots import SlotState, empty_slots, slot_state_shapes
 from jaxserve.engine.step import Params
 from jaxserve.model_store import resolve
 from models.loading import ModelSource, open_model
@@ -187,9 +187,9 @@ def _allocate(settings: EngineSettings) -> tuple[jax.Array, SlotState]:
         kv_pool = jnp.zeros(
             kv_pool_shape(config, scheduler.num_pages, scheduler.page_size), settings.dtype
         )
-        shapes = slot_state_shapes(scheduler.max_num_seqs, config.vocab_size)
-        slots: SlotState = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.block_until_ready((kv_pool, slots))
+        slots = empty_slots(scheduler.max_num_seqs, config.vocab_size)
+    jax.block_until_ready((kv_pool, slots))
+    return kv_pool, slots
 
 
 def _run_first_steps(settings: EngineSettings, executor: JaxExecutor) -> None:

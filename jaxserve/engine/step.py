@@ -96,7 +96,10 @@ def _record(
 
 def _pack_outputs(output: SampleOutput) -> jax.Array:
     """One int32 array, so that a step costs one device-to-host copy."""
-    as_int = lambda x: lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+
+    def as_int(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(x, jnp.int32)
+
     return jnp.concatenate(
         [
             output.token_ids[:, None],

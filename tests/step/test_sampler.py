@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxserve.engine.plan import SlotLoad
 from jaxserve.engine.sampler import _largest_threshold, sample
 from jaxserve.engine.sampling_params import SamplingParams
-from jaxserve.engine.slots import SlotLoadLayout, SlotState, load_slot, slot_state_shapes
+from jaxserve.engine.slots import SlotLoadLayout, SlotState, empty_slots, load_slot
 
 VOCAB = 300  # more than one block of the two-level search, and not a multiple of 32
 NUM_SLOTS = 4
@@ -21,10 +21,8 @@ LOAD = jax.jit(lambda slots, vector: load_slot(slots, vector, layout=LAYOUT))
 SAMPLE = jax.jit(sample)
 
 
-def empty_slots() -> SlotState:
-    return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), slot_state_shapes(NUM_SLOTS, VOCAB)
-    )
+def no_slots() -> SlotState:
+    return empty_slots(NUM_SLOTS, VOCAB)
 
 
 def load(
@@ -76,7 +74,7 @@ def test_draws_stay_in_the_sorted_references_support(seed, temperature, top_k, t
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=VOCAB).astype(np.float32) * 3
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    slots = load(empty_slots(), 0, sampling, seed=seed)
+    slots = load(no_slots(), 0, sampling, seed=seed)
     tokens = draw(slots, np.tile(logits, (64, 1)), np.arange(64, dtype=np.int32))
     assert set(tokens.tolist()) <= reference_support(logits, sampling)
 
@@ -94,7 +92,7 @@ def test_draws_stay_in_the_sorted_references_support(seed, temperature, top_k, t
 def test_frequencies_match_the_distribution(sampling):
     rng = np.random.default_rng(3)
     logits = rng.normal(size=VOCAB).astype(np.float32) * 2
-    slots = load(empty_slots(), 1, sampling, seed=2**63 + 12345)
+    slots = load(no_slots(), 1, sampling, seed=2**63 + 12345)
     num_draws = 20_000
     positions = np.arange(1000, dtype=np.int32)
     counts = np.zeros(VOCAB)
@@ -119,8 +117,8 @@ def test_same_seed_and_position_give_the_same_token_in_any_slot_and_batch():
     sampling = SamplingParams(temperature=1.0)
     greedy = SamplingParams(temperature=0.0)
     wild = SamplingParams(temperature=2.0, top_k=40, top_p=0.5, repetition_penalty=1.2)
-    alone = load(empty_slots(), 0, sampling, seed=77)
-    crowd = load(load(load(empty_slots(), 3, sampling, seed=77), 0, greedy), 1, wild)
+    alone = load(no_slots(), 0, sampling, seed=77)
+    crowd = load(load(load(no_slots(), 3, sampling, seed=77), 0, greedy), 1, wild)
     positions = np.full(8, 19, np.int32)
     targets = np.full(8, -1, np.int32)
     first = SAMPLE(logits, alone, np.zeros(8, np.int32), positions, targets).token_ids
@@ -135,7 +133,7 @@ def test_same_seed_and_position_give_the_same_token_in_any_slot_and_batch():
 def test_greedy_takes_the_first_of_equal_maxima():
     logits = np.zeros((2, VOCAB), np.float32)
     logits[0, [7, 200]] = 5.0
-    slots = load(empty_slots(), 0, SamplingParams(temperature=0.0))
+    slots = load(no_slots(), 0, SamplingParams(temperature=0.0))
     assert draw(slots, logits, np.zeros(2, np.int32)).tolist() == [7, 0]
 
 
@@ -172,7 +170,7 @@ def test_penalties(seed, repetition, presence, frequency):
         presence_penalty=presence,
         frequency_penalty=frequency,
     )
-    slots = load(empty_slots(), 0, sampling, prompt=prompt, output=output)
+    slots = load(no_slots(), 0, sampling, prompt=prompt, output=output)
     expected = penalised(logits[0], prompt, output, sampling)
     margin = np.sort(expected)[-1] - np.sort(expected)[-2]
     if margin > 1e-4:
@@ -184,7 +182,7 @@ def test_bias_allowed_and_bad_ids():
     position = np.zeros(1, np.int32)
 
     def best(**settings):
-        slots = load(empty_slots(), 2, SamplingParams(temperature=0.0, **settings))
+        slots = load(no_slots(), 2, SamplingParams(temperature=0.0, **settings))
         return int(draw(slots, logits, position, slot=2)[0])
 
     assert best() == VOCAB - 1
@@ -199,7 +197,7 @@ def test_stop_ids_are_masked_until_min_tokens():
     logits = np.zeros((3, VOCAB), np.float32)
     logits[:, 5] = 9.0
     sampling = SamplingParams(temperature=0.0, min_tokens=2)
-    slots = load(empty_slots(), 0, sampling, prompt=(1, 2, 3), stop=(5,))
+    slots = load(no_slots(), 0, sampling, prompt=(1, 2, 3), stop=(5,))
     # Positions 3 and 4 hold the first two generated tokens.
     assert draw(slots, logits, np.array([3, 4, 5], np.int32)).tolist() == [0, 0, 5]
 
@@ -208,7 +206,7 @@ def test_logprobs_are_those_of_the_raw_logits():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(3, VOCAB)).astype(np.float32)
     sampling = SamplingParams(temperature=0.0, logprobs=5, bad_token_ids=(int(logits[0].argmax()),))
-    slots = load(empty_slots(), 0, sampling)
+    slots = load(no_slots(), 0, sampling)
     targets = np.array([-1, 17, -2], np.int32)
     out = SAMPLE(logits, slots, np.zeros(3, np.int32), np.zeros(3, np.int32), targets)
     exact = logits.astype(np.float64)
@@ -226,7 +224,7 @@ def test_logprobs_are_those_of_the_raw_logits():
 
 
 def test_no_logprobs_are_computed_when_nobody_asks():
-    slots = load(empty_slots(), 0, SamplingParams(temperature=0.0))
+    slots = load(no_slots(), 0, SamplingParams(temperature=0.0))
     targets = np.full(1, -1, np.int32)
     zeros = np.zeros(1, np.int32)
     out = SAMPLE(np.ones((1, VOCAB), np.float32), slots, zeros, zeros, targets)
@@ -257,7 +255,7 @@ def test_loading_a_slot_leaves_the_others_alone():
         min_tokens=4,
         presence_penalty=1.0,
     )
-    first = load(empty_slots(), 1, full, prompt=(3, 4), output=(4, 5), stop=(2,), seed=2**40 + 3)
+    first = load(no_slots(), 1, full, prompt=(3, 4), output=(4, 5), stop=(2,), seed=2**40 + 3)
     second = load(first, 2, SamplingParams(), seed=1)
     for before, after in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(np.asarray(before)[1], np.asarray(after)[1])

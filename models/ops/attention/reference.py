@@ -110,7 +110,8 @@ def _attend_items(
         return out.at[target].set(result)
 
     num_groups = (items.num_items + items.group_size - 1) // items.group_size
-    return lax.fori_loop(0, num_groups, one_group, out)
+    attended: jax.Array = lax.fori_loop(0, num_groups, one_group, out)
+    return attended
 
 
 def _attend_group(

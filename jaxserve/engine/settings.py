@@ -14,6 +14,7 @@ from jaxserve.engine.memory_plan import choose_num_pages, tree_bytes
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
+from jaxserve.model_store import default_root
 from models.config import ModelConfig
 from models.ops.attention.registry import AttentionImplementation, select
 from models.ops.attention.work import AttentionTiling
@@ -64,10 +65,6 @@ class EngineSettings:
             )
             for rows in scheduler.buckets
         )
-
-
-def default_cache_dir() -> Path:
-    return Path.home() / ".cache" / "jaxserve" / "xla"
 
 
 def resolve_settings(
@@ -121,7 +118,7 @@ def resolve_settings(
         ),
         scheduler=scheduler,
         one_bucket=len(buckets) == 1,
-        cache_dir=config.compilation_cache_dir or default_cache_dir(),
+        cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
 
 

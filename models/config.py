@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Rotary-embedding scaling. `kind` is "linear" or "llama3"."""
+    """Rotary-embedding scaling. `kind` is "linear", "llama3" or "factors"."""
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    factors: tuple[float, ...] = ()
+    """Of kind "factors": D / 2 divisors of the frequencies, as GGUF files store
+    what llama3 scaling comes to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -26,13 +27,22 @@ _LLAMA3_SPLIT = (
 )
 
 
-def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Collection[str]) -> ModelConfig:
+ROPE_FACTORS = "rope_freqs.weight"
+"""Tensor of Llama 3.1 and later: what its rotary scaling comes to, per pair."""
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str],
+    rope_factors: Sequence[float] | None = None,
+) -> ModelConfig:
     """ModelConfig of a GGUF file.
 
     Args:
         metadata: `GgufFile.metadata`.
         tensor_names: `GgufFile.names()`; some features show only there, such as
             a head tied to the embedding (no `output.weight`).
+        rope_factors: the tensor `ROPE_FACTORS`, if the file has one.
 
     Raises FormatError for an architecture or a feature that is not supported,
     and for metadata that is missing or of the wrong type.
@@ -46,12 +56,6 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Collection[str])
     if reader.integer("llama.expert_count", 0):
         raise FormatError("GGUF models with experts (llama.expert_count) are not supported")
     names = frozenset(tensor_names)
-    if "rope_freqs.weight" in names:
-        raise FormatError(
-            "this GGUF file scales its rotary embedding by a rope_freqs.weight tensor "
-            "(Llama 3.1 and later), which is not supported; use the Hugging Face folder "
-            "of the model instead"
-        )
     hidden_size = reader.positive("llama.embedding_length")
     num_heads = reader.positive("llama.attention.head_count")
     num_kv_heads = reader.positive("llama.attention.head_count_kv", num_heads)
@@ -74,7 +78,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Collection[str])
         head_dim=head_dim,
         max_position_embeddings=reader.positive("llama.context_length"),
         rope_theta=reader.number("llama.rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(reader),
+        rope_scaling=_rope_scaling(reader, head_dim, rope_factors),
         rms_norm_eps=reader.number("llama.attention.layer_norm_rms_epsilon"),
         tie_word_embeddings="output.weight" not in names,
         attention_bias="blk.0.attn_q.bias" in names,
@@ -232,8 +236,16 @@ def _vocab_size(reader: _Reader) -> int:
     return reader.positive("llama.vocab_size", len(tokens) if isinstance(tokens, list) else None)
 
 
-def _rope_scaling(reader: _Reader) -> RopeScaling | None:
+def _rope_scaling(
+    reader: _Reader, head_dim: int, factors: Sequence[float] | None
+) -> RopeScaling | None:
     kind = reader.text("llama.rope.scaling.type", "none")
+    if factors is not None:
+        if kind != "none":
+            raise FormatError(f"GGUF has both {ROPE_FACTORS} and rope scaling {kind!r}")
+        if len(factors) != head_dim // 2 or not all(0 < f < math.inf for f in factors):
+            raise FormatError(f"GGUF {ROPE_FACTORS} must hold {head_dim // 2} positive numbers")
+        return RopeScaling(kind="factors", factor=1.0, factors=tuple(map(float, factors)))
     if kind == "none":
         return None
     if kind != "linear":

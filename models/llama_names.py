@@ -72,8 +72,8 @@ def gguf_name_table(config: ModelConfig) -> NameTable:
             TensorRule("output_norm.weight", "final_norm"),
             *_head_rules(config, "output.weight"),
         ),
-        # Not rope_freqs.weight: it scales the rotary embedding, so it must not be dropped.
-        ignored=(r"blk\.\d+\.attn_rot_embd\.weight",),
+        # rope_freqs.weight is part of the config: it scales the rotary embedding.
+        ignored=(r"blk\.\d+\.attn_rot_embd\.weight", r"rope_freqs\.weight"),
         copies=_head_copies(config, "output.weight", "token_embd.weight"),
     )
 

@@ -19,7 +19,7 @@ from checkpoint.name_table import NameTable
 from checkpoint.param_loading import Progress, load_params
 from checkpoint.tensor_source import TensorSource
 from models.config import ModelConfig
-from models.gguf_model import config_from_gguf, tokenizer_from_gguf
+from models.gguf_model import ROPE_FACTORS, config_from_gguf, tokenizer_from_gguf
 from models.hf_config import config_from_hf
 from models.llama import Params
 from models.registry import ModelFamily, get_family
@@ -100,10 +100,12 @@ def open_model(path: str | Path) -> ModelSource:
 
 def _open_gguf(path: Path) -> ModelSource:
     file = GgufFile(path)
+    names = file.names()
+    rope_factors = file.read(ROPE_FACTORS).ravel().tolist() if ROPE_FACTORS in names else None
     return ModelSource(
         name=path.stem,
         path=path,
-        config=config_from_gguf(file.metadata, file.names()),
+        config=config_from_gguf(file.metadata, names, rope_factors),
         tensors=file,
         convention="gguf",
         read_tokenizer=lambda: tokenizer_from_gguf(file.metadata),

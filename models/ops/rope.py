@@ -1,4 +1,5 @@
-"""Rotary position embedding in the half-split layout, with linear and llama3 scaling.
+"""Rotary position embedding in the half-split layout, with linear and llama3
+scaling, or with given factors.
 
 Dimension `i` of a head is paired with `i + D/2`. Checkpoints that pair neighbouring
 dimensions are re-ordered when they are loaded, never here.
@@ -32,12 +33,17 @@ def rope_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
 
 
 def _scaled(frequencies: npt.NDArray[np.float32], scaling: RopeScaling) -> npt.NDArray[np.float32]:
+    if scaling.kind == "factors":
+        factors: npt.NDArray[np.float32] = np.array(scaling.factors, dtype=np.float32)
+        divided: npt.NDArray[np.float32] = frequencies / factors
+        return divided
     slowed: npt.NDArray[np.float32] = frequencies / np.float32(scaling.factor)
     if scaling.kind == "linear":
         return slowed
     if scaling.kind != "llama3":
         raise ValueError(
-            f"rope_scaling: kind {scaling.kind!r} is not supported; use 'linear' or 'llama3'"
+            f"rope_scaling: kind {scaling.kind!r} is not supported; "
+            "use 'linear', 'llama3' or 'factors'"
         )
     # How often each pair turns within the length that the model was first trained on:
     # fast pairs keep their frequency, slow ones are slowed, those between are blended.

@@ -82,7 +82,6 @@ def test_defaults() -> None:
         ({"general__architecture": "mamba"}, NAMES, "'mamba' is not supported, only llama"),
         ({"general__architecture": None}, NAMES, "lacks 'general.architecture'"),
         ({"llama__expert_count": 8}, NAMES, "experts"),
-        ({}, (*NAMES, "rope_freqs.weight"), "rope_freqs.weight"),
         ({"llama__rope__scaling__type": "yarn"}, NAMES, "'yarn' is not supported"),
         ({"llama__rope__scaling__type": "linear"}, NAMES, "scaling.factor"),
         ({"llama__attention__head_count": 0}, NAMES, "must be positive"),

@@ -13,7 +13,9 @@ import pytest
 
 from checkpoint.errors import FormatError
 from checkpoint.param_loading import export_tensors, flatten
+from models.config import ModelConfig
 from models.loading import ModelSource, open_model
+from models.ops.rope import rope_frequencies
 
 TINY = Path(__file__).parent.parent / "goldens" / "tiny"
 
@@ -27,7 +29,27 @@ def test_a_folder_is_opened_by_its_config() -> None:
     assert {leaf.dtype for leaf in flatten(params).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
-def write_gguf(source: ModelSource, path: Path) -> None:
+def llama3_rope_factors(config: ModelConfig) -> np.ndarray:
+    """What converters store as `rope_freqs.weight`, by wavelength."""
+    scaling = config.rope_scaling
+    assert scaling is not None
+    context = scaling.original_max_position_embeddings
+    factors = []
+    for pair in range(config.head_dim // 2):
+        wavelength = 2 * np.pi * config.rope_theta ** (2 * pair / config.head_dim)
+        if wavelength < context / scaling.high_freq_factor:
+            factors.append(1.0)
+        elif wavelength > context / scaling.low_freq_factor:
+            factors.append(scaling.factor)
+        else:
+            smooth = (context / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return np.array(factors, np.float32)
+
+
+def write_gguf(source: ModelSource, path: Path, *, rope_factors: np.ndarray | None = None) -> None:
     """The folder's model as a GGUF file with float32 tensors and no tokenizer."""
     config = source.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -46,6 +68,8 @@ def write_gguf(source: ModelSource, path: Path) -> None:
     table = source.family.name_tables["gguf"](config)
     for name, values in export_tensors(source.load_params(jnp.float32), table):
         writer.add_tensor(name, values)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -101,3 +125,23 @@ def test_a_broken_config_is_refused(tmp_path: Path, text: str, message: str) -> 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(FormatError, match=message):
         open_model(tmp_path)
+
+
+def test_llama3_scaling_of_a_gguf_file_is_the_folders(tmp_path: Path) -> None:
+    folder = open_model(TINY / "llama3_rope_scaling")
+    factors = llama3_rope_factors(folder.config)
+    assert len(set(factors.tolist())) > 2  # kept, blended and slowed pairs
+    write_gguf(folder, tmp_path / "tiny.gguf", rope_factors=factors)
+    file = open_model(tmp_path / "tiny.gguf")
+    np.testing.assert_allclose(
+        rope_frequencies(file.config), rope_frequencies(folder.config), rtol=1e-6
+    )
+    file.load_params(jnp.float32)
+
+
+@pytest.mark.parametrize("factors", [np.ones(3), np.array([1.0, -1.0, 1.0, np.inf] * 2)])
+def test_rope_factors_that_make_no_sense_are_refused(factors: np.ndarray, tmp_path: Path) -> None:
+    folder = open_model(TINY / "llama3_rope_scaling")
+    write_gguf(folder, tmp_path / "tiny.gguf", rope_factors=factors.astype(np.float32))
+    with pytest.raises(FormatError, match=r"rope_freqs\.weight must hold"):
+        open_model(tmp_path / "tiny.gguf")

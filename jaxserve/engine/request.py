@@ -25,6 +25,16 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceObjective:
+    """How soon a request wants its tokens; a goal, not a limit. In seconds."""
+
+    ttft_s: float
+    """Arrival to first token."""
+    tbt_s: float
+    """Between two tokens after that."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A validated, tokenised request as a front end hands it to the engine."""
 
@@ -35,6 +45,10 @@ class GenerationRequest:
     """On the engine's monotonic clock; the request ends as DEADLINE then."""
     cache_salt: str = ""
     """Prefix-cache pages are shared only between requests of one salt."""
+    priority: int = 0
+    """Class of the request: lower ones are admitted first and preempted last."""
+    objective: ServiceObjective | None = None
+    """For policies and budgets that follow deadlines."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +88,8 @@ class Request:
     num_prompt_logprobs: int = 0
     """Prompt logprobs planned so far; each is computed once, whatever happens."""
     first_scheduled_s: float | None = None
+    last_token_s: float | None = None
+    """When its last token was committed."""
     finish_reason: FinishReason | None = None
 
     @property

@@ -10,6 +10,7 @@ import pytest
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
 from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.engine.scheduler.budget import TokenBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.scheduler import Scheduler
 from jaxserve.errors import ConfigError, InvalidRequest, QueueFull
@@ -333,10 +334,11 @@ def test_prompt_logprobs_go_forward_beside_decodes_in_every_other_slot() -> None
         commit(scheduler, plan)
 
 
-class ShrinkingBudget:
+class ShrinkingBudget(TokenBudget):
     """Large enough for the first step's prefills, then below the decodes' number."""
 
     def __init__(self) -> None:
+        super().__init__(8)
         self.limits = [8, 1, 1]
 
     def max_rows(self) -> int:

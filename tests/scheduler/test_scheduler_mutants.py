@@ -22,7 +22,7 @@ STEPS_PER_RUN = 60
 PAGES = "pages"
 DRAFT = "scheduler.draft"
 STATE = "scheduler.state"
-POLICY = "scheduler.policy"
+POLICY = "scheduler.policies.sarathi"
 SCHEDULER = "scheduler.scheduler"
 UPDATES = "scheduler.updates"
 WAITING = "scheduler.waiting"
@@ -53,14 +53,14 @@ MUTANTS = [
             POLICY,
             "while draft.admit_next():\n            pass",
             "while draft.admit_next():\n            pass\n"
-            "        if not draft.requests:\n"
+            "        if draft.is_empty:\n"
             "            draft.add_decodes()",
         ),
     ),
     mutant(
         "budget_off_by_one",
         "S2 refused",
-        Edit(SCHEDULER, "max_rows=self._budget.max_rows()", "max_rows=self._budget.max_rows() + 1"),
+        Edit(SCHEDULER, "return self._budget.max_rows()", "return self._budget.max_rows() + 1"),
     ),
     mutant(
         "leak_a_page_on_abort",
@@ -100,7 +100,7 @@ MUTANTS = [
     mutant(
         "admit_after_preempt",
         "S1",
-        Edit(DRAFT, "if request is None or self._preempted or not", "if request is None or not"),
+        Edit(DRAFT, "if self._preempted or not state.free_slots", "if not state.free_slots"),
     ),
     mutant(
         "watermark_ignored",
@@ -144,15 +144,15 @@ MUTANTS = [
         "victim_in_flight",
         "S8",
         NO_RELEASE_GUARD,
-        Edit(DRAFT, "            if not self._pipe_empty:\n                return False\n", ""),
+        Edit(DRAFT, "            if self._in_flight:\n                return False\n            victim = self._victim()\n            if", "            victim = self._victim()\n            if"),
     ),
     mutant(
         "oldest_is_the_victim",
         "S4",
         Edit(
             DRAFT,
-            "next(reversed(self._state.running.values()))",
-            "next(iter(self._state.running.values()))",
+            "max(reversed(self._state.running.values()), key",
+            "max(self._state.running.values(), key",
         ),
     ),
     mutant(
@@ -160,8 +160,8 @@ MUTANTS = [
         "S3",
         Edit(
             WAITING,
-            "next(iter(self._requests.values()), None)",
-            "next(iter(reversed(self._requests.values())), None)",
+            "next(iter(self._classes[min(self._classes)].values()))",
+            "next(iter(reversed(self._classes[min(self._classes)].values())))",
         ),
     ),
     mutant(
@@ -246,8 +246,8 @@ MUTANTS = [
         "S8",
         Edit(
             DRAFT,
-            "return self._config.chain_decodes or not request.num_in_flight_steps",
-            "return True",
+            "        if self._config.chain_decodes or not request.num_in_flight_steps:\n",
+            "        if True:\n",
         ),
     ),
     mutant(

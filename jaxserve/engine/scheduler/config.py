@@ -33,6 +33,12 @@ class SchedulerConfig:
     """A sequence may decode in consecutive in-flight steps, since its last
     token stays on the device. False for pipeline stages, where it must return
     first."""
+    stream_chunks: bool = False
+    """A prompt's next chunk may follow the last one into the pipe, where decodes
+    don't. Follows from `chain_decodes`."""
+    max_seqs_per_step: int | None = None
+    """Most sequences of one micro-batch, so that pipeline stages share the
+    running ones. None: all of them."""
     prefix_caching: bool = True
     policy: str = "sarathi"
 
@@ -67,10 +73,22 @@ class SchedulerConfig:
             raise ConfigError(f"--watermark must be in [0, 0.5), not {self.watermark}")
         if self.max_in_flight < 1:
             raise ConfigError("max_in_flight must be at least 1")
+        if self.max_seqs_per_step is not None:
+            self._check_micro_batches(self.max_seqs_per_step)
         needed = self.max_pages_per_seq + self.num_watermark_pages
         if self.num_pages < needed:
             raise ConfigError(
                 f"the KV pool has {self.num_pages} pages of {self.page_size} tokens but one "
                 f"sequence of --max-model-len {self.max_model_len} needs {needed}: raise "
                 "--kv-cache-bytes or lower --max-model-len"
+            )
+
+    def _check_micro_batches(self, max_seqs_per_step: int) -> None:
+        # The oldest sequences would be in every step, and the others in none.
+        if self.chain_decodes:
+            raise ConfigError("max_seqs_per_step needs chain_decodes=False")
+        if max_seqs_per_step * self.max_in_flight < self.max_num_seqs:
+            raise ConfigError(
+                f"{self.max_in_flight} micro-batches of {max_seqs_per_step} sequences don't hold "
+                f"--max-num-seqs {self.max_num_seqs}"
             )

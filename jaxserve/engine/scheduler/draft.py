@@ -4,20 +4,29 @@ The draft owns the rules that hold under every policy: the row and LM-head
 budgets, pages, slots, preemption, chunk positions. A policy calls its methods
 in the order that it wants.
 
-Memory. Admission takes the pages of every token known so far (prompt, and on
-a resume the output too), less those found in the prefix cache, and leaves a
-reserve. A partial prefill therefore never waits for memory; only a decode
-whose position starts a new page needs one. If the pages for the decodes
-don't suffice, the youngest running requests are preempted, but only once no
+Memory. Admission takes the pages that the policy's `PageGrant` names, less
+those found in the prefix cache. Usually these are the pages of every token
+known so far (prompt, and on a resume the output too), and a reserve is left. A
+partial prefill then never waits for memory; only a decode whose position
+starts a new page needs one. If the pages for the decodes don't suffice, the
+youngest running requests of the lowest class are preempted, but only once no
 step is in flight: until then nothing is planned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from jaxserve.engine.pages import page_key, root_key
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.request import Request
-from jaxserve.engine.scheduler.budget import smallest_bucket
+from jaxserve.engine.scheduler.budget import (
+    PrefillLimit,
+    StepBudget,
+    StepContext,
+    smallest_bucket,
+)
+from jaxserve.engine.scheduler.rules import PageGrant, PolicyRules
 from jaxserve.engine.scheduler.state import SchedulerState
 
 
@@ -26,31 +35,65 @@ class StepDraft:
 
     Args:
         state: changed in place as chunks are added.
+        rules: the policy's.
+        budget: asked for a limit of the prefills' time.
         max_rows: row budget of this step.
-        pipe_empty: no step is in flight.
+        in_flight: the plans in flight, oldest first.
+        oldest_started_s: when the oldest of them began to run.
         now_s: recorded as `first_scheduled_s` of requests admitted here.
     """
 
     def __init__(
-        self, state: SchedulerState, *, max_rows: int, pipe_empty: bool, now_s: float
+        self,
+        state: SchedulerState,
+        *,
+        rules: PolicyRules,
+        budget: StepBudget,
+        max_rows: int,
+        in_flight: Sequence[StepPlan],
+        oldest_started_s: float,
+        now_s: float,
     ) -> None:
         self._state = state
         self._config = state.config
-        self._pipe_empty = pipe_empty
-        self._now_s = now_s
+        self._rules = rules
+        self._budget = budget
+        self._in_flight = in_flight
+        self._oldest_started_s = oldest_started_s
+        self._prefill_limit: PrefillLimit | None = None
+        self.now_s = now_s
         self.num_rows_left = max_rows
         self.num_sample_rows_left = state.config.max_num_seqs
-        self.requests: list[Request] = []
-        """Owners of the chunks, in the order of the plan's chunks."""
+        self._num_seqs_left = state.config.max_seqs_per_step or state.config.max_num_seqs
+        self._decode_requests: list[Request] = []
+        self._prefill_requests: list[Request] = []
         self._decodes: list[Chunk] = []
         self._prefills: list[Chunk] = []
         self._slot_loads: list[SlotLoad] = []
         self._preempted: list[str] = []
 
     @property
+    def is_empty(self) -> bool:
+        return not self._decodes and not self._prefills
+
+    @property
+    def requests(self) -> list[Request]:
+        """Owners of the chunks, in the order of the plan's chunks."""
+        return self._decode_requests + self._prefill_requests
+
+    @property
     def num_sample_rows(self) -> int:
         """LM-head rows planned so far."""
         return self._config.max_num_seqs - self.num_sample_rows_left
+
+    @property
+    def waiting(self) -> Iterable[Request]:
+        """Requests without a slot, in the order in which `admit_next` takes them."""
+        return self._state.waiting
+
+    def returned(self) -> list[Request]:
+        """Running requests that may be in this step, oldest first within a class."""
+        return _by_class(r for r in self._state.running.values() if self._may_follow(r))
 
     def add_decodes(self) -> bool:
         """One row for each running request whose prefill is complete.
@@ -58,32 +101,33 @@ class StepDraft:
         Call before any prefill is added. Preempts if memory is short. False:
         that has to wait for the steps in flight, and nothing was added.
         """
-        assert not self.requests, "decodes come first: a plan's chunks are in row order"
+        assert self.is_empty, "decodes come first"
         ready, num_pages = self._decode_ready()
         while num_pages > self._state.pages.num_available:
-            if not self._pipe_empty:
+            if self._in_flight:
                 return False
-            victim = next(reversed(self._state.running.values()))
+            victim = self._victim()
             if victim in ready:
                 ready.remove(victim)
                 num_pages -= self._needs_page(victim)
-            self._state.preempt(victim)
-            self._preempted.append(victim.request_id)
+            self._preempt(victim)
         for request in ready:
             self._add_decode(request)
         # A budget may ask for less than the decodes take; they go in all the same.
         self.num_rows_left = max(0, self.num_rows_left - len(ready))
         self.num_sample_rows_left -= len(ready)
+        self._num_seqs_left -= len(ready)
         return True
 
     def partial_prefills(self) -> list[Request]:
-        """Running requests with an unfinished prefill that may go on, oldest first."""
-        return [
+        """Running requests with an unfinished prefill that may go on, oldest
+        first within a class."""
+        return _by_class(
             request
             for request in self._state.running.values()
             if request.num_computed_tokens < request.num_prefill_tokens
             and self._may_follow(request)
-        ]
+        )
 
     def add_prefill(self, request: Request) -> bool:
         """The next chunk of a running request, as long as there is room.
@@ -96,24 +140,64 @@ class StepDraft:
             self._add_prefill_chunk(request, start, num_tokens, new_pages=())
         return request.num_computed_tokens == request.num_prefill_tokens
 
+    def advance(self, request: Request) -> bool:
+        """The next decode or chunk of a running request, if there is room for it.
+
+        Takes the pages that it needs, from the last in `returned` order if
+        memory is short. False: nothing went in for want of memory.
+        """
+        if request.slot is None:  # Preempted in this step.
+            return True
+        start = request.num_computed_tokens
+        is_decode = start >= request.num_prefill_tokens
+        if is_decode:
+            has_room = self.num_rows_left and self.num_sample_rows_left and self._num_seqs_left
+            num_tokens = int(bool(has_room) and self._can_decode(request))
+        else:
+            num_tokens = self._num_prefill_tokens(request, start)
+        if num_tokens == 0:
+            return True
+        num_new_pages = self._state.num_pages_for(start + num_tokens) - len(request.page_ids)
+        while num_new_pages > self._state.pages.num_available:
+            if self._in_flight:
+                return False
+            victim = self._victim()
+            self._preempt(victim)
+            if victim is request:
+                return False
+        if is_decode:
+            self._add_decode(request)
+            self.num_rows_left -= 1
+            self.num_sample_rows_left -= 1
+            self._num_seqs_left -= 1
+            return True
+        new_pages = self._state.pages.allocate(num_new_pages) if num_new_pages > 0 else []
+        request.page_ids.extend(new_pages)
+        self._add_prefill_chunk(request, start, num_tokens, new_pages=tuple(new_pages))
+        return True
+
     def admit_next(self) -> bool:
-        """Gives the head of the queue a slot, its pages and a first chunk.
+        """Admits the head of the queue: a slot, pages and a first chunk.
 
         True if the whole prefill went in, so that the next one may follow.
         """
+        request = self._state.waiting.head
+        return request is not None and self.admit(request)
+
+    def admit(self, request: Request) -> bool:
+        """As `admit_next`, for any request that waits."""
         state = self._state
-        request = state.waiting.head
-        if request is None or self._preempted or not state.free_slots:
+        if self._preempted or not state.free_slots:
             return False
         cached_pages = self._find_cached_pages(request)
         start = len(cached_pages) * self._config.page_size
-        num_new_pages = state.num_pages_for(request.num_tokens) - len(cached_pages)
-        num_taken = num_new_pages + state.pages.num_unheld(cached_pages)
-        if state.pages.num_available - num_taken < self._reserved_pages(request, start):
-            return False
         request.num_prefill_tokens = request.num_tokens
         num_tokens = self._num_prefill_tokens(request, start)
-        if num_tokens == 0:
+        if num_tokens == 0 or not self._may_be_cut(request, num_tokens, start):
+            return False
+        num_new_pages = self._num_granted_pages(request, start + num_tokens) - len(cached_pages)
+        num_taken = num_new_pages + state.pages.num_unheld(cached_pages)
+        if state.pages.num_available - num_taken < self._reserved_pages(request, start):
             return False
         self._take_slot(request, cached_pages, num_new_pages)
         self._add_prefill_chunk(request, start, num_tokens, new_pages=tuple(request.page_ids))
@@ -121,7 +205,7 @@ class StepDraft:
 
     def finish(self, step_id: int) -> StepPlan | None:
         """The plan, or None if nothing went in."""
-        if not self.requests:
+        if self.is_empty:
             return None
         num_rows = sum(chunk.num_tokens for chunk in self._prefills) + len(self._decodes)
         return StepPlan(
@@ -135,9 +219,10 @@ class StepDraft:
 
     def _decode_ready(self) -> tuple[list[Request], int]:
         """Requests that can decode now, and how many pages they need for it."""
-        page_size = self._config.page_size
+        page_size, most = self._config.page_size, self._num_seqs_left
         chained = self._config.chain_decodes
-        ready, num_pages = [], 0
+        ready: list[Request] = []
+        num_pages = 0
         for request in self._state.running.values():
             position = request.num_computed_tokens
             if position < request.num_prefill_tokens:
@@ -146,16 +231,42 @@ class StepDraft:
                 continue
             if request.num_in_flight_steps and not chained:
                 continue
+            if len(ready) == most:
+                break
             ready.append(request)
             if position == len(request.page_ids) * page_size:
                 num_pages += 1
         return ready, num_pages
 
+    def _can_decode(self, request: Request) -> bool:
+        """As in `_decode_ready`, for one request whose prefill is complete."""
+        num_output = len(request.output_token_ids) + request.num_pending_tokens
+        returned = self._config.chain_decodes or not request.num_in_flight_steps
+        return returned and num_output < request.max_tokens
+
+    def _victim(self) -> Request:
+        """The youngest running request of the lowest class."""
+        return max(reversed(self._state.running.values()), key=lambda r: r.generation.priority)
+
+    def _preempt(self, victim: Request) -> None:
+        self._state.preempt(victim)
+        self._preempted.append(victim.request_id)
+
     def _needs_page(self, request: Request) -> bool:
         return request.num_computed_tokens == len(request.page_ids) * self._config.page_size
 
     def _may_follow(self, request: Request) -> bool:
-        return self._config.chain_decodes or not request.num_in_flight_steps
+        """Whether it may be in this step although it may be in one in flight."""
+        if self._config.chain_decodes or not request.num_in_flight_steps:
+            return True
+        is_prefill = request.num_computed_tokens < request.num_prefill_tokens
+        return self._config.stream_chunks and is_prefill
+
+    def _may_be_cut(self, request: Request, num_tokens: int, start: int) -> bool:
+        """Whether a prefill may begin with a chunk of `num_tokens`."""
+        if not self._rules.whole_prompts or _is_scored(request):
+            return True
+        return start + num_tokens == request.num_prefill_tokens
 
     def _add_decode(self, request: Request) -> None:
         position = request.num_computed_tokens
@@ -167,7 +278,7 @@ class StepDraft:
         self._decodes.append(
             Chunk(request.request_id, request.slot, position, 1, (), True, new_pages)
         )
-        self.requests.append(request)
+        self._decode_requests.append(request)
         request.num_computed_tokens = position + 1
         request.num_pending_tokens += 1
         request.num_in_flight_steps += 1
@@ -176,6 +287,9 @@ class StepDraft:
         """Size of the chunk at `start` that the budgets allow; may be 0."""
         remaining = request.num_prefill_tokens - start
         num_tokens = min(remaining, self.num_rows_left)
+        if num_tokens <= 0 or not self._num_seqs_left:
+            return 0
+        num_tokens = self._limit().max_tokens(start, num_tokens)
         if _scores_prompt(request):
             # Positions before `scored_from` were reported in an earlier life.
             scored_from = request.num_prompt_logprobs
@@ -185,6 +299,20 @@ class StepDraft:
         if num_tokens == remaining and self.num_sample_rows_left == 0:
             return num_tokens - 1
         return num_tokens
+
+    def _limit(self) -> PrefillLimit:
+        """The budget's limit of this step's prefills, asked for once the decodes are in."""
+        if self._prefill_limit is None:
+            self._prefill_limit = self._budget.prefill_limit(
+                StepContext(
+                    now_s=self.now_s,
+                    buckets=self._config.buckets,
+                    decodes=self._decode_requests,
+                    in_flight=self._in_flight,
+                    oldest_started_s=self._oldest_started_s,
+                )
+            )
+        return self._prefill_limit
 
     def _add_prefill_chunk(
         self, request: Request, start: int, num_tokens: int, new_pages: tuple[int, ...]
@@ -206,8 +334,10 @@ class StepDraft:
             logprob_targets=targets,
         )
         self._prefills.append(chunk)
-        self.requests.append(request)
+        self._prefill_requests.append(request)
+        self._limit().add(start, num_tokens)
         self.num_rows_left -= num_tokens
+        self._num_seqs_left -= 1
         self.num_sample_rows_left -= chunk.num_sample_rows
         request.num_computed_tokens = end
         request.num_pending_tokens += chunk.samples
@@ -223,6 +353,16 @@ class StepDraft:
         token_ids = request.known_token_ids(0, num_pages * size)
         return self._state.pages.find_prefix(request.page_keys[:num_pages], token_ids)
 
+    def _num_granted_pages(self, request: Request, chunk_end: int) -> int:
+        """Pages of its table once it is admitted with a chunk up to `chunk_end`."""
+        match self._rules.page_grant:
+            case PageGrant.KNOWN_TOKENS:
+                return self._state.num_pages_for(request.num_tokens)
+            case PageGrant.LONGEST_SEQUENCE:
+                return self._config.max_pages_per_seq
+            case PageGrant.FIRST_CHUNK:
+                return self._state.num_pages_for(chunk_end)
+
     def _reserved_pages(self, request: Request, start: int) -> int:
         """Pages that must stay available when `request` is admitted.
 
@@ -230,14 +370,16 @@ class StepDraft:
         ones can need until its prefill is done. So each life that follows a
         preemption gives a token, and memory never thrashes.
         """
+        if self._rules.page_grant is not PageGrant.KNOWN_TOKENS:
+            return 0
         watermark = self._config.num_watermark_pages
         running = self._state.running.values()
-        if not request.num_preemptions or not running:
+        if not request.num_preemptions or not running or not self._rules.resume_headroom:
             return watermark
         prefilling = [r for r in running if r.num_computed_tokens < r.num_prefill_tokens]
         backlog = request.num_tokens - start
         backlog += sum(r.num_prefill_tokens - r.num_computed_tokens for r in prefilling)
-        num_rows = self._config.token_budget - len(running)
+        num_rows = self._budget.min_prefill_tokens(len(running))
         if any(_scores_prompt(r) for r in (request, *prefilling)):
             num_rows = self._config.max_num_seqs - len(running)
         num_steps = -(-backlog // num_rows) + len(prefilling) + 1 + self._config.max_in_flight
@@ -257,7 +399,7 @@ class StepDraft:
         request.num_registered_pages = len(cached_pages)
         request.slot = state.free_slots.pop()
         if request.first_scheduled_s is None:
-            request.first_scheduled_s = self._now_s
+            request.first_scheduled_s = self.now_s
             request.num_cached_tokens = len(cached_pages) * self._config.page_size
             state.prefix_cache_hits += request.num_cached_tokens
             if self._config.prefix_caching and not _scores_prompt(request):
@@ -275,6 +417,10 @@ class StepDraft:
         )
 
 
+def _by_class(requests: Iterable[Request]) -> list[Request]:
+    return sorted(requests, key=lambda request: request.generation.priority)
+
+
 def extend_page_keys(request: Request, num_pages: int, page_size: int) -> None:
     """Makes sure that `request.page_keys` covers its first `num_pages` full pages."""
     keys = request.page_keys
@@ -284,9 +430,11 @@ def extend_page_keys(request: Request, num_pages: int, page_size: int) -> None:
         keys.append(page_key(parent, request.known_token_ids(start, start + page_size)))
 
 
+def _is_scored(request: Request) -> bool:
+    """Its prompt logprobs are asked for."""
+    return request.generation.sampling.prompt_logprobs is not None
+
+
 def _scores_prompt(request: Request) -> bool:
     """Some prompt logprobs have not been planned yet."""
-    return (
-        request.generation.sampling.prompt_logprobs is not None
-        and request.num_prompt_logprobs < request.num_prompt_tokens - 1
-    )
+    return _is_scored(request) and request.num_prompt_logprobs < request.num_prompt_tokens - 1

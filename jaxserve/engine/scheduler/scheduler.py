@@ -21,14 +21,14 @@ from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, TokenU
 from jaxserve.engine.scheduler.budget import StepBudget, TokenBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.draft import StepDraft, extend_page_keys
-from jaxserve.engine.scheduler.policy import Policy, make_policy
+from jaxserve.engine.scheduler.policies import Policy, make_policy
 from jaxserve.engine.scheduler.state import SchedulerState
 from jaxserve.engine.scheduler.updates import (
     ResultReader,
     finish_reason_after,
     read_prompt_logprobs,
 )
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import ConfigError, InvalidRequest
 
 
 class _InFlight(NamedTuple):
@@ -37,6 +37,7 @@ class _InFlight(NamedTuple):
     """Owners of the plan's chunks. Kept here rather than looked up by id, since
     an id may be used again while a finished request still is in flight."""
     num_sample_rows: int
+    planned_s: float
 
 
 class Scheduler:
@@ -46,7 +47,11 @@ class Scheduler:
         config: limits; validated by itself.
         policy: the order. By default the one that `config.policy` names.
         budget: the size of steps. By default `config.token_budget` rows each;
-            another one may give fewer, never more.
+            another one may give fewer, never more. Policies that put whole
+            prompts into a step have no use for one.
+
+    Raises ConfigError if the policy needs larger steps than the buckets hold,
+    or can't follow the budget.
     """
 
     def __init__(
@@ -57,8 +62,16 @@ class Scheduler:
         budget: StepBudget | None = None,
     ) -> None:
         self.config = config
-        self._policy = policy or make_policy(config.policy)
+        self.policy = policy or make_policy(config.policy)
+        self._rules = self.policy.rules
+        self._max_step_rows = self.policy.check(config)
+        if budget is not None and not self._rules.sizes_chunks:
+            raise ConfigError(
+                f"--policy {self.policy.name} has no use for a time budget: it does not cut "
+                "prompts to fit a step beside its decodes"
+            )
         self._budget = budget or TokenBudget(config.token_budget)
+        self._last_commit_s = 0.0
         self._state = SchedulerState.empty(config)
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
@@ -131,23 +144,21 @@ class Scheduler:
             return None
         draft = StepDraft(
             self._state,
-            max_rows=self._budget.max_rows(),
-            pipe_empty=not self._in_flight,
+            rules=self._rules,
+            budget=self._budget,
+            max_rows=self._max_rows(),
+            in_flight=[step.plan for step in self._in_flight],
+            oldest_started_s=self._oldest_started_s(),
             now_s=now_s,
         )
-        self._policy.fill(draft)
+        self.policy.fill(draft)
         plan = draft.finish(self._next_step_id)
         if plan is not None:
             self._next_step_id += 1
-            self._in_flight.append(_InFlight(plan, draft.requests, draft.num_sample_rows))
+            self._in_flight.append(_InFlight(plan, draft.requests, draft.num_sample_rows, now_s))
         return plan
 
-    def commit(
-        self,
-        plan: StepPlan,
-        results: StepResults,
-        now_s: float,  # noqa: ARG002  budgets that follow measured time need it
-    ) -> list[TokenUpdate]:
+    def commit(self, plan: StepPlan, results: StepResults, now_s: float) -> list[TokenUpdate]:
         """Takes in the results of the oldest step in flight.
 
         Returns what changed, in row order; nothing for requests that finished
@@ -156,22 +167,25 @@ class Scheduler:
         """
         if not self._in_flight or self._in_flight[0].plan.step_id != plan.step_id:
             raise ValueError(f"step {plan.step_id} is not the oldest in flight")
-        _, requests, num_sample_rows = self._in_flight[0]
+        _, requests, num_sample_rows, _ = self._in_flight[0]
         if results.step_id != plan.step_id or len(results.token_ids) != num_sample_rows:
             raise ValueError(f"results of step {results.step_id} don't fit plan {plan.step_id}")
+        step_s = now_s - self._oldest_started_s()
+        self._last_commit_s = now_s
         self._in_flight.popleft()
         reader = ResultReader(results)
         updates = []
         for request, chunk in zip(requests, plan.chunks, strict=True):
             request.num_in_flight_steps -= 1
             if request.finish_reason is None:
-                update = self._commit_chunk(request, chunk, reader)
+                update = self._commit_chunk(request, chunk, reader, now_s)
                 if update is not None:
                     updates.append(update)
             else:
                 reader.skip(chunk)
                 if not request.num_in_flight_steps:
                     self._state.release(request)
+        self.policy.committed(plan, step_s)
         return updates
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
@@ -194,8 +208,20 @@ class Scheduler:
         """Raises PageIntegrityError unless every page and slot is accounted for."""
         self._state.check_integrity()
 
+    def _max_rows(self) -> int:
+        """Rows that the next step may have."""
+        if self._rules.whole_prompts:
+            return self._max_step_rows
+        return self._budget.max_rows()
+
+    def _oldest_started_s(self) -> float:
+        """When the oldest step in flight began: planned, and the one before it done."""
+        if not self._in_flight:
+            return self._last_commit_s
+        return max(self._in_flight[0].planned_s, self._last_commit_s)
+
     def _commit_chunk(
-        self, request: Request, chunk: Chunk, reader: ResultReader
+        self, request: Request, chunk: Chunk, reader: ResultReader, now_s: float
     ) -> TokenUpdate | None:
         num_full_pages = (chunk.start + chunk.num_tokens) // self.config.page_size
         if num_full_pages > request.num_registered_pages:
@@ -212,6 +238,7 @@ class Scheduler:
         logprobs = () if num_top is None else (reader.logprobs(num_top),)
         request.output_token_ids.append(token_id)
         request.num_pending_tokens -= 1
+        request.last_token_s = now_s
         reason = finish_reason_after(request, token_id)
         if reason is not None:
             self.finish(request.request_id, reason)

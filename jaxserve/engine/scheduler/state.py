@@ -22,8 +22,8 @@ class SchedulerState:
     waiting: WaitingQueue
     free_slots: list[int]
     running: dict[str, Request] = field(default_factory=dict)
-    """Holders of a slot, oldest arrival first: admission is strictly in order
-    and a preemption always takes the youngest, so appending keeps the order."""
+    """Holders of a slot in order of admission. Policies that admit in order of
+    arrival have the oldest first, since a preemption takes the youngest."""
     draining: set[Request] = field(default_factory=set)
     """Finished, but steps in flight still use their slot and pages."""
     num_preemptions: int = 0

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from jaxserve.engine.request import Request
 from jaxserve.errors import QueueFull
 
 
 class WaitingQueue:
-    """First come, first served; preempted requests come back to the front.
+    """First come, first served within a class, lower classes first; preempted
+    requests come back to the front of theirs.
 
     Bounds apply to new requests only, so that a preemption can never fail. A
     single request may exceed `max_tokens` if nothing else waits.
@@ -18,28 +20,36 @@ class WaitingQueue:
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self._requests: OrderedDict[str, Request] = OrderedDict()
+        self._classes: dict[int, OrderedDict[str, Request]] = {}
+        """By priority; a class without requests is not kept."""
         self.num_tokens = 0
         """Prompt tokens that wait."""
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return sum(len(requests) for requests in self._classes.values())
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._requests
+        return any(request_id in requests for requests in self._classes.values())
+
+    def __iter__(self) -> Iterator[Request]:
+        """In the order in which they become the head."""
+        for priority in sorted(self._classes):
+            yield from self._classes[priority].values()
 
     @property
     def head(self) -> Request | None:
-        return next(iter(self._requests.values()), None)
+        if not self._classes:
+            return None
+        return next(iter(self._classes[min(self._classes)].values()))
 
     def append(self, request: Request) -> None:
         """Raises QueueFull naming the limit that is reached."""
-        if len(self._requests) >= self._max_requests:
+        if len(self) >= self._max_requests:
             raise QueueFull(
-                f"{len(self._requests)} requests wait already; retry later "
+                f"{len(self)} requests wait already; retry later "
                 "(the operator can raise --max-queued-requests)"
             )
-        if self._requests and self.num_tokens + request.num_prompt_tokens > self._max_tokens:
+        if self._classes and self.num_tokens + request.num_prompt_tokens > self._max_tokens:
             raise QueueFull(
                 f"{self.num_tokens} prompt tokens wait already; retry later "
                 "(the operator can raise --max-queued-tokens)"
@@ -47,15 +57,21 @@ class WaitingQueue:
         self._insert(request)
 
     def push_front(self, request: Request) -> None:
-        self._insert(request)
-        self._requests.move_to_end(request.request_id, last=False)
+        self._insert(request).move_to_end(request.request_id, last=False)
 
     def remove(self, request_id: str) -> Request | None:
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self.num_tokens -= request.num_prompt_tokens
-        return request
+        for priority, requests in self._classes.items():
+            request = requests.pop(request_id, None)
+            if request is not None:
+                self.num_tokens -= request.num_prompt_tokens
+                if not requests:
+                    del self._classes[priority]
+                return request
+        return None
 
-    def _insert(self, request: Request) -> None:
-        self._requests[request.request_id] = request
+    def _insert(self, request: Request) -> OrderedDict[str, Request]:
+        """Returns the class that it has joined, at the end."""
+        requests = self._classes.setdefault(request.generation.priority, OrderedDict())
+        requests[request.request_id] = request
         self.num_tokens += request.num_prompt_tokens
+        return requests

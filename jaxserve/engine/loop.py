@@ -18,7 +18,7 @@ from typing import Protocol
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.inbox import Arrival, Mail
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
-from jaxserve.engine.output import Addressed, OutputProcessor
+from jaxserve.engine.output import Addressed, OutputSink
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.request import FinishReason, Request, TokenUpdate
 from jaxserve.engine.scheduler.scheduler import Scheduler
@@ -34,9 +34,27 @@ class Arrivals(Protocol):
 
     def take(self) -> Mail: ...
     def wait(self, timeout_s: float | None) -> bool: ...
+    def wait_for_step(self) -> bool:
+        """False if there is mail that should be looked at before the step in
+        flight is waited for; True (at once) if that wait comes first."""
+        ...
+
     def publish_waiting(self, num_requests: int, num_tokens: int) -> None: ...
     def release(self, request_ids: Sequence[str]) -> None: ...
     def delivered(self) -> None: ...
+
+
+class Outputs(Protocol):
+    """What becomes of tokens: the engine's `OutputProcessor`, or a stopwatch."""
+
+    @property
+    def num_open(self) -> int: ...
+    def open_ids(self) -> Sequence[str]: ...
+    def has(self, request_id: str) -> bool: ...
+    def is_open(self, request: Request) -> bool: ...
+    def open(self, request: Request, sink: OutputSink) -> None: ...
+    def update(self, update: TokenUpdate, now_s: float) -> Addressed | None: ...
+    def end(self, request_id: str, reason: FinishReason, now_s: float) -> Addressed | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +85,7 @@ class EngineLoop:
         scheduler: Scheduler,
         executor: Executor,
         arrivals: Arrivals,
-        outputs: OutputProcessor,
+        outputs: Outputs,
         metrics: EngineMetrics,
         clock: Callable[[], float],
     ) -> None:
@@ -96,11 +114,13 @@ class EngineLoop:
 
     def turn(self, committed: Committed | None) -> Committed | None:
         """Feeds the device, emits `committed`, and returns the next committed
-        step, or None when nothing is in flight."""
+        step; None when nothing is in flight, or when mail came first."""
         self._ingest()
         self._feed_device()
         self.emit(committed)
-        return self._complete() if self._in_flight else None
+        if not self._in_flight or not self._arrivals.wait_for_step():
+            return None
+        return self._complete()
 
     def wait_for_work(self) -> None:
         """Blocks while a turn could do nothing, at most until a deadline."""

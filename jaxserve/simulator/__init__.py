@@ -1,0 +1,1 @@
+"""Drives the engine's own scheduler and loop in virtual time."""

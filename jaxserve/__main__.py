@@ -1,0 +1,5 @@
+"""`python -m jaxserve`: the same as the `jaxserve` command."""
+
+from jaxserve.cli.main import main
+
+main()

@@ -83,6 +83,8 @@ class Request:
     num_registered_pages: int = 0
     """Leading pages of `page_ids` that were offered to the prefix cache."""
     num_preemptions: int = 0
+    is_relegated: bool = False
+    """Its deadline was out of reach before it was admitted, so others go first."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache saved at first admission."""
     num_prompt_logprobs: int = 0

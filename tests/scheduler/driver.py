@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
-from jaxserve.engine.request import FinishReason, GenerationRequest, Request
+from jaxserve.engine.request import FinishReason, GenerationRequest, Request, ServiceObjective
 from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.engine.scheduler.budget import StepBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.scheduler import Scheduler
 from tests.scheduler.fake_device import VOCAB_SIZE, FakeDevice
-from tests.scheduler.properties import PropertyMonitor
+from tests.scheduler.properties import WHOLE_PROMPT_POLICIES, PropertyMonitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Traffic:
     max_live: int = 24
     prompt_logprobs_share: float = 0.1
     shared_prefix_share: float = 0.5
+    num_classes: int = 1
+    """Priorities are drawn below this; more than one only for a random order."""
     copy_share: float = 0.2
     """Requests with the prompt of the one before, often still unfinished."""
 
@@ -59,6 +63,8 @@ def random_config(rng: random.Random, **fixed: object) -> SchedulerConfig:
         "chain_decodes": rng.random() < 0.6,
         "prefix_caching": rng.random() < 0.6,
     }
+    if fixed.get("policy") in WHOLE_PROMPT_POLICIES:
+        values["buckets"] = tuple(sorted({*edges, max_model_len + max_num_seqs}))
     return SchedulerConfig(**{**values, **fixed})  # type: ignore[arg-type]
 
 
@@ -84,7 +90,9 @@ def random_request(
     stop_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice((0, 0, 1, 4)))]
     salt = rng.choice(("", "", "tenant"))
     return Request(
-        generation=GenerationRequest(name, tuple(prompt), sampling, cache_salt=salt),
+        generation=GenerationRequest(
+            name, tuple(prompt), sampling, cache_salt=salt, **_random_service(rng, traffic)
+        ),
         max_tokens=max_tokens,
         seed=rng.randrange(2**64),
         stop_token_ids=frozenset(stop_ids),
@@ -92,17 +100,39 @@ def random_request(
     )
 
 
-class Run:
-    """One scheduler, one device, one stream of random events."""
+def _random_service(rng: random.Random, traffic: Traffic) -> dict[str, Any]:
+    if traffic.num_classes == 1:
+        return {}
+    objective = ServiceObjective(rng.uniform(0.0, 60.0), rng.uniform(0.1, 4.0))
+    return {
+        "priority": rng.randrange(traffic.num_classes),
+        "objective": rng.choice((None, objective)),
+    }
 
-    def __init__(self, config: SchedulerConfig, seed: int, traffic: Traffic) -> None:
+
+class Run:
+    """One scheduler, one device, one stream of random events.
+
+    Time goes on by a second with each plan or commit.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        seed: int,
+        traffic: Traffic,
+        budget: StepBudget | None = None,
+    ) -> None:
         self.rng = random.Random(seed)
         self.config = config
         self.traffic = traffic
-        self.scheduler = Scheduler(config)
+        self.now_s = 0.0
+        self.scheduler = Scheduler(config, budget=budget)
         self.scheduler.pages.track_freed = True
         self.device = FakeDevice(page_size=config.page_size, depth=config.max_in_flight)
-        self.monitor = PropertyMonitor(self.scheduler)
+        self.monitor = PropertyMonitor(
+            self.scheduler, has_classes=traffic.num_classes > 1, fixed_size=budget is None
+        )
 
     def steps(self, num_steps: int) -> RunStats:
         """Random events for `num_steps` plans, then everything is drained."""
@@ -126,11 +156,13 @@ class Run:
         )
 
     def add(self, request: Request) -> None:
+        request.arrival_s = self.now_s
         self.scheduler.add(request)
         self.monitor.arrived(request)
 
     def plan(self) -> bool:
-        plan = self.scheduler.plan(0.0)
+        self.now_s += 1.0
+        plan = self.scheduler.plan(self.now_s)
         self.monitor.planned(plan)
         self.device.poison(self.scheduler.pages.drain_freed())
         if plan is None:
@@ -141,7 +173,8 @@ class Run:
     def commit(self) -> None:
         if self.device.num_in_flight:
             plan, results = self.device.next_completion()
-            self.monitor.committed(plan, self.scheduler.commit(plan, results, 0.0))
+            self.now_s += 1.0
+            self.monitor.committed(plan, self.scheduler.commit(plan, results, self.now_s))
 
     def finish(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         self.scheduler.finish(request_id, reason)
@@ -167,7 +200,7 @@ class Run:
             self.finish(self.rng.choice(list(self.monitor.live)))
 
 
-def random_run(seed: int, num_steps: int, **fixed: object) -> RunStats:
+def random_run(seed: int, num_steps: int, *, num_classes: int = 1, **fixed: object) -> RunStats:
     """A random configuration and traffic; raises at the first violation."""
     rng = random.Random(seed)
     config = random_config(rng, **fixed)
@@ -177,5 +210,6 @@ def random_run(seed: int, num_steps: int, **fixed: object) -> RunStats:
         abort_rate=rng.choice((0.0, 0.02, 0.1)),
         max_live=rng.choice((4, 12, 24)),
         max_output=rng.choice((4, 16, 40, 40)),
+        num_classes=num_classes,
     )
     return Run(config, rng.randrange(2**32), traffic).steps(num_steps)

@@ -7,13 +7,71 @@ request and never trusts the scheduler's counters, so a bug in these shows.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxserve.engine.plan import Chunk, StepPlan
 from jaxserve.engine.request import FinishReason, Request, TokenUpdate
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.scheduler import Scheduler
 from tests.scheduler.fake_device import reference_output, reference_prompt_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Promises:
+    """Which properties a policy has; those that aren't named here all have."""
+
+    stall_free: bool = True
+    """S1: a ready decode is in every plan."""
+    fills: bool = True
+    """S2: no row stays empty while a prefill could have it."""
+    whole_prompts: bool = False
+    decodes_beside_prefills: bool = True
+    admits_in_order: bool = True
+    prefills_in_order: bool = True
+    """S3"""
+    preempts: bool = True
+    has_headroom: bool = True
+    """S4: few preemptions, and a token in each life after one."""
+    plans_per_token: int | None = 1
+    """S4: in so many plans the oldest request gets a row; None: in no bound."""
+    keeps_watermark: bool = True
+
+
+_RESERVING = Promises(fills=False, preempts=False, keeps_watermark=False)
+PROMISES = {
+    "sarathi": Promises(),
+    "sarathi_decode_maximal": _RESERVING,
+    "orca": replace(_RESERVING, whole_prompts=True),
+    "fastertransformer": replace(_RESERVING, whole_prompts=True, decodes_beside_prefills=False),
+    "hybrid_only": Promises(whole_prompts=True, fills=False),
+    "chunked_only": Promises(
+        stall_free=False, fills=False, decodes_beside_prefills=False, plans_per_token=2
+    ),
+    "vllm_v0": Promises(
+        stall_free=False,
+        fills=False,
+        whole_prompts=True,
+        decodes_beside_prefills=False,
+        has_headroom=False,
+        plans_per_token=None,
+    ),
+    "vllm_v1": Promises(
+        stall_free=False,
+        fills=False,
+        prefills_in_order=False,
+        has_headroom=False,
+        plans_per_token=None,
+        keeps_watermark=False,
+    ),
+    "slack": Promises(
+        fills=False,
+        admits_in_order=False,
+        prefills_in_order=False,
+        has_headroom=False,
+        plans_per_token=None,
+    ),
+}
+WHOLE_PROMPT_POLICIES = {name for name, promises in PROMISES.items() if promises.whole_prompts}
 
 
 class PropertyViolation(AssertionError):
@@ -39,7 +97,7 @@ class Shadow:
     reference: list[int]
     stops: bool
     """The reference ends with a stop id."""
-    plan_limit: int
+    plan_limit: int | None
     """Number of the plan by which it must have finished (S4)."""
     output: list[int] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, float]] = field(default_factory=list)
@@ -50,6 +108,7 @@ class Shadow:
     num_pending: int = 0
     num_in_flight: int = 0
     num_preemptions: int = 0
+    num_admission: int = 0
     num_older: int = 0
     """Older requests that were unfinished when it arrived."""
     has_token_since_resume: bool = True
@@ -65,11 +124,26 @@ class Shadow:
 
 
 class PropertyMonitor:
-    """Checks S1 to S7; a violation raises PropertyViolation with its name."""
+    """Checks S1 to S8; a violation raises PropertyViolation with its name.
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    Args:
+        has_classes: requests differ in priority, so the order of arrival holds
+            within a class only, and a low class may wait without bound.
+        fixed_size: steps are as large as `token_budget`, whatever they cost.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, *, has_classes: bool = False, fixed_size: bool = True
+    ) -> None:
         self.scheduler = scheduler
         self.config: SchedulerConfig = scheduler.config
+        self.promises = PROMISES[self.config.policy]
+        if has_classes:
+            self.promises = replace(self.promises, has_headroom=False, plans_per_token=None)
+        if has_classes or not fixed_size:
+            self.promises = replace(self.promises, fills=False)
+        if not fixed_size:
+            self.promises = replace(self.promises, plans_per_token=None)
         self.live: dict[str, Shadow] = {}
         """Waiting or running, in order of arrival."""
         self.draining: list[Shadow] = []
@@ -78,6 +152,7 @@ class PropertyMonitor:
         self.num_plans = 0
         self.num_arrivals = 0
         self.num_finished = 0
+        self.num_admissions = 0
 
     def arrived(self, request: Request) -> None:
         reference, stops = reference_output(request)
@@ -88,7 +163,10 @@ class PropertyMonitor:
             for s in self.live.values()
         )
         work += len(request.generation.prompt_token_ids) + request.max_tokens + 2
-        limit = self.num_plans + work * self.config.max_in_flight
+        limit = None
+        if self.promises.plans_per_token is not None:
+            limit = work * self.config.max_in_flight * self.promises.plans_per_token
+            limit += self.num_plans
         shadow = Shadow(request, self.num_arrivals, reference, stops, limit)
         shadow.num_older = len(self.live)
         self.num_arrivals += 1
@@ -114,7 +192,7 @@ class PropertyMonitor:
         self._check_fcfs(plan)
         self._check_fill(plan)
         self._check_pages()
-        if plan.slot_loads:
+        if plan.slot_loads and self.promises.keeps_watermark:
             require(
                 self.scheduler.pages.num_available >= self.config.num_watermark_pages,
                 "watermark",
@@ -148,8 +226,14 @@ class PropertyMonitor:
 
     # -- plans ---------------------------------------------------------------
 
+    def _order(self, shadow: Shadow) -> tuple[int, int]:
+        """Rank of a request: its class, then its arrival."""
+        return shadow.request.generation.priority, shadow.index
+
     def _schedulable(self, shadow: Shadow) -> bool:
-        return self.config.chain_decodes or shadow.num_in_flight == 0
+        if self.config.chain_decodes or shadow.num_in_flight == 0:
+            return True
+        return self.config.stream_chunks and 0 <= shadow.num_computed < shadow.num_prefill
 
     def _decode_ready(self) -> list[Shadow]:
         return [
@@ -165,21 +249,26 @@ class PropertyMonitor:
         """No plan: either the pipe is full, or decodes wait for pages, or nothing can go."""
         if len(self.in_flight) >= self.config.max_in_flight:
             return
+        if not self.in_flight:
+            require(not self.live, "S4", f"stuck with {list(self.live)}")
         ready = self._decode_ready()
-        if ready:
+        if ready and (self.promises.stall_free or not self.in_flight):
             size = self.config.page_size
             num_needed = sum(s.num_computed == len(s.pages) * size for s in ready)
             short = num_needed > self.scheduler.pages.num_available
             require(short and bool(self.in_flight), "S1", "ready decodes were not planned")
             return
         waits = [s for s in self.live.values() if self._has_prefill(s) and self._schedulable(s)]
-        require(not waits, "S2", "a partial prefill was not planned")
-        if not self.in_flight:
-            require(not self.live, "S4", f"stuck with {list(self.live)}")
+        require(not waits or not self.promises.fills, "S2", "a partial prefill was not planned")
 
     def _check_stall_free(self, plan: StepPlan) -> None:
         decodes = {chunk.request_id: chunk for chunk in plan.decodes}
-        for shadow in self._decode_ready():
+        if plan.prefills and not self.promises.decodes_beside_prefills:
+            unscored = [c for c in plan.prefills if not self._is_scored(c.request_id)]
+            require(not (unscored and decodes), "S1", "a prompt beside decodes")
+        for shadow in self._decode_ready() if self.promises.stall_free else ():
+            if len(plan.chunks) == self.config.max_seqs_per_step:
+                break
             request_id = shadow.request.request_id
             if request_id not in plan.preempted:
                 require(request_id in decodes, "S1", f"{request_id} is ready but does not decode")
@@ -188,20 +277,26 @@ class PropertyMonitor:
             require(not plan.slot_loads, "S1", "a plan preempts and admits")
 
     def _apply_preemptions(self, plan: StepPlan) -> None:
+        require(self.promises.preempts or not plan.preempted, "S4", "preempts in spite of reserves")
         for request_id in plan.preempted:
             shadow = self.live[request_id]
             running = [s for s in self.live.values() if s.slot is not None]
+            if self.promises.admits_in_order:
+                running.sort(key=self._order)
+            else:
+                running.sort(key=lambda s: (s.request.generation.priority, s.num_admission))
             require(shadow.num_in_flight == 0, "S8", f"victim {request_id} is in flight")
             require(shadow is running[-1], "S4", f"victim {request_id} is not the youngest")
             require(shadow is not running[0], "S4", "the oldest was preempted")
-            require(
-                shadow.num_preemptions == 0 or shadow.has_token_since_resume,
-                "S4",
-                f"{request_id} was preempted twice without a token between",
-            )
+            if self.promises.has_headroom:
+                require(
+                    shadow.num_preemptions == 0 or shadow.has_token_since_resume,
+                    "S4",
+                    f"{request_id} was preempted twice without a token between",
+                )
+                require(shadow.num_preemptions <= shadow.num_older, "S4", "preempted too often")
             shadow.num_preemptions += 1
             shadow.has_token_since_resume = False
-            require(shadow.num_preemptions <= shadow.num_older + 1, "S4", "preempted too often")
             self._release(shadow)
 
     def _check_admissions(self, plan: StepPlan) -> None:
@@ -210,8 +305,11 @@ class PropertyMonitor:
             waiting = [s for s in self.live.values() if s.slot is None]
             require(load.request_id in self.live, "S3", f"{load.request_id} is not live")
             shadow = self.live[load.request_id]
+            is_next = bool(waiting) and shadow is min(waiting, key=self._order)
             require(
-                bool(waiting) and shadow is waiting[0], "S3", f"{load.request_id} jumps the queue"
+                is_next or not self.promises.admits_in_order,
+                "S3",
+                f"{load.request_id} jumps the queue",
             )
             require(load.slot not in used, "S5", f"slot {load.slot} is in use")
             require(list(load.output_token_ids) == shadow.output, "S7", "outputs changed")
@@ -222,6 +320,8 @@ class PropertyMonitor:
             )
             used.add(load.slot)
             shadow.slot = load.slot
+            self.num_admissions += 1
+            shadow.num_admission = self.num_admissions
             shadow.num_prefill = shadow.num_known
             shadow.num_computed = -1
 
@@ -253,11 +353,16 @@ class PropertyMonitor:
                 "S6",
                 f"{request_id} samples={chunk.samples} at {end} of {shadow.num_prefill}",
             )
+            is_whole = chunk.samples or self._is_scored(request_id)
+            require(is_whole or not self.promises.whole_prompts, "whole", f"{request_id} is cut")
         shadow.num_computed = end
         shadow.num_pending += chunk.samples
         shadow.num_in_flight += 1
         require(shadow.num_output_planned <= shadow.request.max_tokens, "S7", "beyond max_tokens")
         return shadow
+
+    def _is_scored(self, request_id: str) -> bool:
+        return self.live[request_id].request.sampling.prompt_logprobs is not None
 
     def _check_first_chunk(self, shadow: Shadow, chunk: Chunk) -> None:
         size = self.config.page_size
@@ -272,7 +377,14 @@ class PropertyMonitor:
 
     def _check_budget(self, plan: StepPlan) -> None:
         rows, sample_rows = plan.num_tokens, plan.num_sample_rows
-        require(rows <= self.config.token_budget, "S2", f"{rows} rows are over the budget")
+        num_rows = self.config.token_budget
+        if self.promises.whole_prompts:
+            num_rows = max(self.config.max_model_len - 1, self.config.max_num_seqs)
+            if self.promises.decodes_beside_prefills:
+                num_rows = self.config.max_model_len + self.config.max_num_seqs - 2
+        require(rows <= num_rows, "S2", f"{rows} rows are over the budget")
+        limit = self.config.max_seqs_per_step
+        require(limit is None or len(plan.chunks) <= limit, "S2", "too many sequences in a step")
         fitting = [bucket for bucket in self.config.buckets if bucket >= rows]
         require(plan.num_rows_bucket == fitting[0], "S2", "not the smallest bucket that fits")
         limit = self.config.max_sample_rows(plan.num_rows_bucket)
@@ -282,9 +394,14 @@ class PropertyMonitor:
         return shadow.slot is not None and shadow.num_computed < shadow.num_prefill
 
     def _check_fcfs(self, plan: StepPlan) -> None:
-        younger_has_prefill = False
+        if not self.promises.prefills_in_order:
+            return
+        younger_has_prefill, priority = False, None
         prefills = {chunk.request_id for chunk in plan.prefills}
-        for request_id, shadow in reversed(self.live.items()):
+        for shadow in sorted(self.live.values(), key=self._order, reverse=True):
+            request_id = shadow.request.request_id
+            if shadow.request.generation.priority != priority:
+                younger_has_prefill, priority = False, shadow.request.generation.priority
             blocked = self._has_prefill(shadow) and (
                 request_id in prefills or self._schedulable(shadow)
             )
@@ -296,6 +413,8 @@ class PropertyMonitor:
     def _check_fill(self, plan: StepPlan) -> None:
         """The budget is used up if any prefill token waits while memory is free."""
         if plan.preempted or plan.num_tokens == self.config.token_budget:
+            return
+        if not self.promises.fills or len(plan.chunks) == self.config.max_seqs_per_step:
             return
         scores = any(
             s.request.sampling.prompt_logprobs is not None
@@ -350,8 +469,15 @@ class PropertyMonitor:
         num_output = len(shadow.output)
         shadow.has_token_since_resume = True
         require(shadow.output == shadow.reference[:num_output], "S7", f"{request_id} differs")
-        if num_output == 1 and self.config.chain_decodes and not self.scheduler.num_preemptions:
-            late = [s for s in self.live.values() if s.index < shadow.index and not s.output]
+        in_order = self.promises.prefills_in_order and self.config.chain_decodes
+        if num_output == 1 and in_order and not self.scheduler.num_preemptions:
+            late = [
+                s
+                for s in self.live.values()
+                if s.index < shadow.index
+                and s.request.generation.priority == shadow.request.generation.priority
+                and not s.output
+            ]
             require(not late, "S3", f"{request_id} has its first token before an older one")
         ends = num_output == len(shadow.reference)
         reason = None
@@ -372,7 +498,11 @@ class PropertyMonitor:
         require(got == expected, "logprobs", f"prompt logprobs of {shadow.request.request_id}")
 
     def _leave(self, shadow: Shadow, reason: FinishReason) -> None:
-        require(self.num_plans <= shadow.plan_limit, "S4", "took more plans than its bound")
+        require(
+            shadow.plan_limit is None or self.num_plans <= shadow.plan_limit,
+            "S4",
+            "took more plans than its bound",
+        )
         require(shadow.request.finish_reason is reason, "S7", "finish reason of the record")
         shadow.finished = reason
         self.num_finished += 1

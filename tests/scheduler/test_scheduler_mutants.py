@@ -100,7 +100,7 @@ MUTANTS = [
     mutant(
         "admit_after_preempt",
         "S1",
-        Edit(DRAFT, "if self._preempted or not state.free_slots", "if not state.free_slots"),
+        Edit(DRAFT, "if request is None or self._preempted or not", "if request is None or not"),
     ),
     mutant(
         "watermark_ignored",
@@ -144,7 +144,12 @@ MUTANTS = [
         "victim_in_flight",
         "S8",
         NO_RELEASE_GUARD,
-        Edit(DRAFT, "            if self._in_flight:\n                return False\n            victim = self._victim()\n            if", "            victim = self._victim()\n            if"),
+        Edit(
+            DRAFT,
+            "            if self._in_flight:\n                return False\n"
+            "            victim = self._victim()\n            if",
+            "            victim = self._victim()\n            if",
+        ),
     ),
     mutant(
         "oldest_is_the_victim",
@@ -160,8 +165,8 @@ MUTANTS = [
         "S3",
         Edit(
             WAITING,
-            "next(iter(self._classes[min(self._classes)].values()))",
-            "next(iter(reversed(self._classes[min(self._classes)].values())))",
+            "self._insert(request, self._num_turns)",
+            "self._insert(request, 1_000_000 - self._num_turns)",
         ),
     ),
     mutant(
@@ -169,8 +174,8 @@ MUTANTS = [
         "S3",
         Edit(
             WAITING,
-            "move_to_end(request.request_id, last=False)",
-            "move_to_end(request.request_id)",
+            "self._insert(request, -self._num_turns)",
+            "self._insert(request, self._num_turns)",
         ),
     ),
     mutant(

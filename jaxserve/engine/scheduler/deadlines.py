@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from jaxserve.engine.request import Request, ServiceObjective
 
+DEFAULT_OBJECTIVE = ServiceObjective(ttft_s=6.0, tbt_s=0.1)
+
 
 def first_token_deadline_s(request: Request, objective: ServiceObjective) -> float:
     return request.arrival_s + objective.ttft_s

@@ -87,9 +87,9 @@ class StepDraft:
         return self._config.max_num_seqs - self.num_sample_rows_left
 
     @property
-    def waiting(self) -> Iterable[Request]:
-        """Requests without a slot, in the order in which `admit_next` takes them."""
-        return self._state.waiting
+    def next_waiting(self) -> Request | None:
+        """The request that `admit_next` would admit."""
+        return self._state.waiting.head
 
     def returned(self) -> list[Request]:
         """Running requests that may be in this step, oldest first within a class."""
@@ -181,13 +181,9 @@ class StepDraft:
 
         True if the whole prefill went in, so that the next one may follow.
         """
-        request = self._state.waiting.head
-        return request is not None and self.admit(request)
-
-    def admit(self, request: Request) -> bool:
-        """As `admit_next`, for any request that waits."""
         state = self._state
-        if self._preempted or not state.free_slots:
+        request = state.waiting.head
+        if request is None or self._preempted or not state.free_slots:
             return False
         cached_pages = self._find_cached_pages(request)
         start = len(cached_pages) * self._config.page_size
@@ -202,6 +198,11 @@ class StepDraft:
         self._take_slot(request, cached_pages, num_new_pages)
         self._add_prefill_chunk(request, start, num_tokens, new_pages=tuple(request.page_ids))
         return request.num_computed_tokens == request.num_prefill_tokens
+
+    def relegate(self, request: Request) -> None:
+        """Marks a request that waits, and moves it to where the queue's key then puts it."""
+        request.is_relegated = True
+        self._state.waiting.reorder(request)
 
     def finish(self, step_id: int) -> StepPlan | None:
         """The plan, or None if nothing went in."""

@@ -72,7 +72,7 @@ class Scheduler:
             )
         self._budget = budget or TokenBudget(config.token_budget)
         self._last_commit_s = 0.0
-        self._state = SchedulerState.empty(config)
+        self._state = SchedulerState.empty(config, self.policy.queue_key)
         self._in_flight: deque[_InFlight] = deque()
         self._next_step_id = 0
 

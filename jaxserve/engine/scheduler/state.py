@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from jaxserve.engine.pages import PageIntegrityError, PagePool
 from jaxserve.engine.request import Request
 from jaxserve.engine.scheduler.config import SchedulerConfig
-from jaxserve.engine.scheduler.waiting import WaitingQueue
+from jaxserve.engine.scheduler.waiting import QueueKey, WaitingQueue
 
 
 @dataclass(slots=True, eq=False)
@@ -33,13 +33,13 @@ class SchedulerState:
     """Those of them that were found."""
 
     @classmethod
-    def empty(cls, config: SchedulerConfig) -> SchedulerState:
+    def empty(cls, config: SchedulerConfig, queue_key: QueueKey | None = None) -> SchedulerState:
         return cls(
             config=config,
             pages=PagePool(
                 config.num_pages, config.page_size, prefix_caching=config.prefix_caching
             ),
-            waiting=WaitingQueue(config.max_queued_requests, config.max_queued_tokens),
+            waiting=WaitingQueue(config.max_queued_requests, config.max_queued_tokens, queue_key),
             free_slots=list(range(config.max_num_seqs - 1, -1, -1)),
         )
 

@@ -8,6 +8,7 @@ from jaxserve.engine.scheduler.policies.decode_maximal import DecodeMaximalPolic
 from jaxserve.engine.scheduler.policies.fastertransformer import FasterTransformerPolicy
 from jaxserve.engine.scheduler.policies.orca import OrcaPolicy
 from jaxserve.engine.scheduler.policies.sarathi import HybridOnlyPolicy, SarathiPolicy
+from jaxserve.engine.scheduler.policies.slack import SlackPolicy
 from jaxserve.engine.scheduler.policies.vllm import VllmV0Policy, VllmV1Policy
 from jaxserve.errors import ConfigError
 
@@ -22,6 +23,7 @@ POLICIES: dict[str, type[Policy]] = {
         ChunkedOnlyPolicy,
         HybridOnlyPolicy,
         VllmV1Policy,
+        SlackPolicy,
     )
 }
 

@@ -13,6 +13,7 @@ from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.draft import StepDraft
 from jaxserve.engine.scheduler.rules import PolicyRules
+from jaxserve.engine.scheduler.waiting import QueueKey
 from jaxserve.errors import ConfigError
 
 
@@ -33,6 +34,9 @@ class Policy(ABC):
         Policies that put whole prompts into a step fill it up to here.
         """
         return config.token_budget
+
+    queue_key: QueueKey | None = None
+    """Order of the waiting requests of a class; None: first come, first served."""
 
     def committed(self, plan: StepPlan, step_s: float) -> None:  # noqa: B027
         """A step came back after it ran for `step_s` seconds."""

@@ -38,7 +38,7 @@ def main() -> None:
         key: [knot for knot in knots if knot[0] <= MAX_ALL_REDUCE_BYTES]
         for key, knots in times.all_reduce.items()
     }
-    data = {
+    data: dict[str, object] = {
         "device": "A100-80GB",
         "provenance": {
             "source": "https://github.com/microsoft/vidur, data/profiling (MIT licence)",
@@ -61,7 +61,7 @@ def main() -> None:
 def _thin_all(curves: Mapping[str, Knots], tolerance: float) -> dict[str, Knots]:
     thin = {}
     for key, knots in sorted(curves.items()):
-        thin[key] = [(round(x), round(y, 5)) for x, y in thinned(knots, tolerance)]
+        thin[key] = [(float(round(x)), round(y, 5)) for x, y in thinned(knots, tolerance)]
         curve = Curve(thin[key])
         worst = max(abs(curve(x) / y - 1) for x, y in knots)
         print(f"{key}: {len(knots)} -> {len(thin[key])} knots, worst error {worst:.1%}")
@@ -106,7 +106,10 @@ def _dump(data: dict[str, object]) -> str:
     parts = []
     for key, value in data.items():
         if key.endswith("_ms") and isinstance(value, dict):
-            curves = [f"  {json.dumps(name)}: {json.dumps(knots)}" for name, knots in value.items()]
+            curves = [
+                f"  {json.dumps(name)}: {json.dumps([(int(x), y) for x, y in knots])}"
+                for name, knots in value.items()
+            ]
             parts.append(f" {json.dumps(key)}: {{\n" + ",\n".join(curves) + "\n }")
         else:
             text = json.dumps(value, indent=1).replace("\n", "\n ")

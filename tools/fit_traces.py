@@ -53,8 +53,12 @@ def main() -> None:
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    ranks = [values.argsort().argsort().astype(float) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    """Rank correlation; ties keep their order."""
+    ranks = [values.argsort().argsort().astype(np.float64) for values in (a, b)]
+    centred = [rank - rank.mean() for rank in ranks]
+    return float(
+        centred[0] @ centred[1] / np.sqrt((centred[0] @ centred[0]) * (centred[1] @ centred[1]))
+    )
 
 
 if __name__ == "__main__":

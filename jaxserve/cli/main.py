@@ -26,6 +26,7 @@ SUMMARIES = {
     "chat": "Talk with a model, in this terminal.",
     "generate": "Complete a prompt, or a file of prompts, without a server.",
     "bench": "Measure throughput and latency on this machine.",
+    "simulate": "Try schedulers on published models and workloads, in virtual time.",
     "pull": "Download a model of the catalogue.",
     "models": "List and remove downloaded models.",
     "doctor": "Tell what this machine can do and what is missing.",

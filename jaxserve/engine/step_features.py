@@ -43,13 +43,30 @@ class StepFeatures(NamedTuple):
         )
 
     @classmethod
+    def of_hybrid(
+        cls, num_decodes: int, context: int, num_prefill_tokens: int, start: int = 0
+    ) -> StepFeatures:
+        """Decodes that each read `context` keys, and a chunk (if it has tokens)
+        after `start` computed ones. No padding."""
+        num_prefills = int(num_prefill_tokens > 0)
+        num_tokens = num_decodes + num_prefill_tokens
+        return cls(
+            num_tokens=num_tokens,
+            num_rows_bucket=num_tokens,
+            num_seqs=num_decodes + num_prefills,
+            num_decodes=num_decodes,
+            decode_context=num_decodes * context,
+            num_prefills=num_prefills,
+            num_prefill_tokens=num_prefill_tokens,
+            prefill_pairs=num_prefill_tokens * (start + 0.5 * num_prefill_tokens),
+        )
+
+    @classmethod
     def of_prefill(cls, num_tokens: int, start: int = 0) -> StepFeatures:
         """One prefill chunk alone, after `start` computed tokens."""
-        pairs = num_tokens * (start + 0.5 * num_tokens)
-        return cls(num_tokens, num_tokens, 1, 0, 0, 1, num_tokens, pairs)
+        return cls.of_hybrid(0, 0, num_tokens, start)
 
     @classmethod
     def of_decodes(cls, num_decodes: int, context: int) -> StepFeatures:
         """Decodes alone, each reading `context` keys."""
-        keys = num_decodes * context
-        return cls(num_decodes, num_decodes, num_decodes, num_decodes, keys, 0, 0, 0.0)
+        return cls.of_hybrid(num_decodes, context, 0)

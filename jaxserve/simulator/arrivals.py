@@ -48,7 +48,8 @@ class ArrivalProcess:
             gaps = rng.exponential(1.0, num_requests)
         if self.clip is not None:
             gaps = np.minimum(gaps, self.clip)
-        return np.cumsum(gaps)
+        times: np.ndarray = np.cumsum(gaps)
+        return times
 
 
 def _replayed(num_requests: int, trace_s: Sequence[float] | None) -> np.ndarray:
@@ -58,8 +59,9 @@ def _replayed(num_requests: int, trace_s: Sequence[float] | None) -> np.ndarray:
             f"--arrivals replay needs a --trace with arrived_at for {num_requests} requests; it "
             f"has {have}"
         )
-    times = np.sort(np.asarray(trace_s[:num_requests], float))
+    times: np.ndarray = np.sort(np.asarray(trace_s[:num_requests], float))
     times -= times[0]
     if times[-1] <= 0:
         raise ConfigError("--arrivals replay: the trace's requests all arrive at once")
-    return times * (num_requests / times[-1])
+    times *= num_requests / times[-1]
+    return times

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxserve.simulator.experiment import Workload
 from jaxserve.simulator.metrics import Latencies
-from jaxserve.simulator.run import SimEngine, SimRequest, simulate
+from jaxserve.simulator.run import SimEngine, simulate
 from jaxserve.simulator.stopwatch import Stopwatch
-from jaxserve.simulator.workloads import Lengths
 
 MAX_SCHEDULING_DELAY_S = 2.0
 MAX_PROBES = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Requests without a rate: `unit_times_s` are for one request a second."""
-
-    lengths: Sequence[Lengths]
-    unit_times_s: np.ndarray
-
-    def at(self, qps: float) -> list[SimRequest]:
-        times_s = self.unit_times_s / qps
-        return [
-            SimRequest(lengths, float(time_s))
-            for lengths, time_s in zip(self.lengths, times_s, strict=True)
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +35,74 @@ class Probe:
     """False: the run was given up once the objective could not be met any more."""
     tbt_p99_s: float | None = None
     delay_p50_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Capacities of several policies, one a seed."""
+
+    by_policy: dict[str, list[float]]
+    num_probes: int
+
+    def median(self, policy: str) -> float:
+        return statistics.median(self.by_policy[policy])
+
+    def ratios(self) -> dict[str, list[float]]:
+        """Of the first policy to each other one, seed by seed, as "first/other"."""
+        first, *others = self.by_policy
+        return {
+            f"{first}/{other}": [
+                a / b if b else float("inf")
+                for a, b in zip(self.by_policy[first], self.by_policy[other], strict=True)
+            ]
+            for other in others
+        }
+
+    def summary(self) -> dict[str, object]:
+        """Medians over the seeds, with every seed's value beside them."""
+        ratios = self.ratios()
+        return {
+            "capacity_qps": {name: self.median(name) for name in self.by_policy},
+            "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+            "capacity_qps_by_seed": self.by_policy,
+            "ratio_by_seed": ratios,
+            "ratio_ci95": {name: confidence_interval(values) for name, values in ratios.items()},
+            "num_probes": self.num_probes,
+        }
+
+
+def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean (Student's t); None with fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = _t_975(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def _t_975(degrees: int) -> float:
+    """97.5 % quantile of Student's t."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    return table[degrees - 1] if degrees <= len(table) else 1.96 + 2.5 / degrees
+
+
+def compare(
+    engines: Mapping[str, SimEngine],
+    workloads: Mapping[int, Workload],
+    objective: Objective,
+    *,
+    start_qps: float,
+) -> Comparison:
+    """Each engine's capacity for each workload (by seed)."""
+    by_policy: dict[str, list[float]] = {}
+    num_probes = 0
+    for name, engine in engines.items():
+        by_policy[name] = []
+        for workload in workloads.values():
+            qps, probes = find_capacity(engine, workload, objective, start_qps=start_qps)
+            by_policy[name].append(qps)
+            num_probes += len(probes)
+    return Comparison(by_policy, num_probes)
 
 
 def probe(engine: SimEngine, workload: Workload, objective: Objective, qps: float) -> Probe:

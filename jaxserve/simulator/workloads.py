@@ -113,18 +113,21 @@ def _find_sampler(workload: str) -> Sampler:
 
     def sample(rng: np.random.Generator, count: int) -> np.ndarray:
         uniform = rng.random((count, 2))
-        columns = [
-            np.interp(uniform[:, 0], levels, prompts),
-            np.interp(uniform[:, 1], levels, outputs),
-        ]
-        return np.maximum(1, np.stack(columns, axis=1).round().astype(int))
+        prompt = np.interp(uniform[:, 0], levels, prompts)
+        return _whole_tokens(prompt, np.interp(uniform[:, 1], levels, outputs))
 
     return sample
 
 
 def _sample_arxiv(rng: np.random.Generator, count: int) -> np.ndarray:
-    columns = [rng.lognormal(*_ARXIV_PROMPT, count), rng.lognormal(*_ARXIV_OUTPUT, count)]
-    return np.maximum(1, np.stack(columns, axis=1).round().astype(int))
+    return _whole_tokens(rng.lognormal(*_ARXIV_PROMPT, count), rng.lognormal(*_ARXIV_OUTPUT, count))
+
+
+def _whole_tokens(prompts: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """int [count, 2], at least 1 each."""
+    pairs: np.ndarray = np.stack([prompts, outputs], axis=1).round()
+    whole: np.ndarray = pairs.clip(min=1).astype(int)
+    return whole
 
 
 def _quantile_tables() -> dict[str, dict[str, dict[str, list[int]]]]:

@@ -50,6 +50,10 @@ class CostModel(Protocol):
         """Seconds that one stage takes for this step."""
         ...
 
+    def stage_cost(self, step: StepFeatures) -> StageCost:
+        """`predict_s` by what takes the time."""
+        ...
+
     def transfer_s(self, num_rows: int) -> float:
         """Handing that many rows' activations to the next stage."""
         ...

@@ -16,8 +16,12 @@ from jaxserve.simulator.cost_models.base import CostModel
 
 StageTimes = Callable[[StepPlan], tuple[float, float]]
 """A plan's seconds in each stage, and between two stages."""
-TokensOf = Callable[[StepPlan], np.ndarray]
-"""int32 [plan.num_sample_rows]: what the step samples."""
+ResultsOf = Callable[[StepPlan], StepResults]
+"""What a step gives."""
+
+
+_NO_LOGPROBS = np.zeros(0, np.float32)
+_NO_IDS = np.zeros(0, np.int32)
 
 
 class SimStep(NamedTuple):
@@ -62,16 +66,23 @@ def modelled(cost: CostModel) -> StageTimes:
 
 
 class ZeroTokens:
-    """Every sampled token is 0; arrays are made once a length."""
+    """Every sampled token is 0, without logprobs: arrays are made once a length."""
 
     def __init__(self) -> None:
-        self._arrays: dict[int, np.ndarray] = {}
+        self._token_ids: dict[int, np.ndarray] = {}
 
-    def __call__(self, plan: StepPlan) -> np.ndarray:
+    def __call__(self, plan: StepPlan) -> StepResults:
         num_rows = plan.num_sample_rows
-        if num_rows not in self._arrays:
-            self._arrays[num_rows] = np.zeros(num_rows, np.int32)
-        return self._arrays[num_rows]
+        if num_rows not in self._token_ids:
+            self._token_ids[num_rows] = np.zeros(num_rows, np.int32)
+        return StepResults(
+            step_id=plan.step_id,
+            token_ids=self._token_ids[num_rows],
+            logprobs=_NO_LOGPROBS,
+            ranks=_NO_IDS,
+            top_ids=_NO_IDS,
+            top_logprobs=_NO_LOGPROBS,
+        )
 
 
 class SimExecutor:
@@ -85,7 +96,7 @@ class SimExecutor:
         stage_times: what a plan takes in each stage.
         num_stages: pipeline stages.
         depth: most steps in flight; by default one a stage.
-        tokens_of: what steps sample; by default token 0.
+        results_of: what steps give; by default token 0 for every sample.
         record_steps: keep every step in `stats.steps`.
     """
 
@@ -96,14 +107,14 @@ class SimExecutor:
         *,
         num_stages: int = 1,
         depth: int | None = None,
-        tokens_of: TokensOf | None = None,
+        results_of: ResultsOf | None = None,
         record_steps: bool = False,
     ) -> None:
         self.depth = num_stages if depth is None else depth
         self.stats = SimStats(steps=[] if record_steps else None)
         self._clock = clock
         self._stage_times = stage_times
-        self._tokens_of = tokens_of or ZeroTokens()
+        self._results_of = results_of or ZeroTokens()
         self._stage_free_s: list[float | None] = [None] * num_stages
         self._in_flight: deque[tuple[float, StepPlan]] = deque()
 
@@ -135,7 +146,7 @@ class SimExecutor:
             raise LookupError("nothing is in flight")
         end_s, plan = self._in_flight.popleft()
         self._clock.advance_to(end_s)
-        return plan, _results(plan.step_id, self._tokens_of(plan))
+        return plan, self._results_of(plan)
 
     def _count(self, step: SimStep) -> None:
         stats = self.stats
@@ -149,19 +160,3 @@ class SimExecutor:
             for chunk in step.plan.chunks:
                 request_id = chunk.request_id
                 bubbles[request_id] = bubbles.get(request_id, 0.0) + step.bubble_s
-
-
-_NO_LOGPROBS = np.zeros(0, np.float32)
-_NO_IDS = np.zeros(0, np.int32)
-
-
-def _results(step_id: int, token_ids: np.ndarray) -> StepResults:
-    """Tokens alone: nobody asks a simulated device for logprobs."""
-    return StepResults(
-        step_id=step_id,
-        token_ids=token_ids,
-        logprobs=_NO_LOGPROBS,
-        ranks=_NO_IDS,
-        top_ids=_NO_IDS,
-        top_logprobs=_NO_LOGPROBS,
-    )

@@ -267,8 +267,9 @@ class PropertyMonitor:
             unscored = [c for c in plan.prefills if not self._is_scored(c.request_id)]
             require(not (unscored and decodes), "S1", "a prompt beside decodes")
         for shadow in self._decode_ready() if self.promises.stall_free else ():
-            if len(plan.chunks) == self.config.max_seqs_per_step:
-                break
+            limit = self.config.max_seqs_per_step
+            if limit is not None and (len(plan.chunks) == limit or plan.preempted):
+                break  # The others go into the next micro-batch.
             request_id = shadow.request.request_id
             if request_id not in plan.preempted:
                 require(request_id in decodes, "S1", f"{request_id} is ready but does not decode")

@@ -6,7 +6,8 @@ finds a row without its context, "refused" a ValueError of the scheduler's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -38,10 +39,12 @@ class Mutant:
     name: str
     caught_by: tuple[str, ...]
     edits: tuple[Edit, ...]
+    run: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `random_run`: what the bug needs to show."""
 
 
-def mutant(name: str, caught_by: str, *edits: Edit) -> Mutant:
-    return Mutant(name, tuple(caught_by.split()), edits)
+def mutant(name: str, caught_by: str, *edits: Edit, **run: Any) -> Mutant:
+    return Mutant(name, tuple(caught_by.split()), edits, run)
 
 
 MUTANTS = [
@@ -280,6 +283,78 @@ MUTANTS = [
         Edit("scheduler.budget", "for bucket in buckets:", "for bucket in reversed(buckets):"),
     ),
     mutant(
+        "whole_prompt_is_cut",
+        "whole",
+        Edit(DRAFT, "return start + num_tokens == request.num_prefill_tokens", "return True"),
+        policy="orca",
+    ),
+    mutant(
+        "longest_sequence_is_not_reserved",
+        "S4",
+        Edit(
+            DRAFT,
+            "return self._config.max_pages_per_seq",
+            "return self._state.num_pages_for(request.num_tokens)",
+        ),
+        policy="orca",
+    ),
+    mutant(
+        "request_level_batch_takes_a_late_prompt",
+        "S1",
+        Edit("scheduler.policies.fastertransformer", "if not draft.returned():", "if True:"),
+        Edit(
+            "scheduler.policies.fastertransformer",
+            "pass\n            return\n",
+            "pass\n            if not draft.is_empty:\n                return\n",
+        ),
+        policy="fastertransformer",
+    ),
+    mutant(
+        "chunk_pages_preempt_in_flight",
+        "S8",
+        NO_RELEASE_GUARD,
+        Edit(
+            DRAFT,
+            "            if self._in_flight:\n                return False\n"
+            "            victim = self._victim()\n            self._preempt(victim)",
+            "            victim = self._victim()\n            self._preempt(victim)",
+        ),
+        policy="vllm_v1",
+    ),
+    mutant(
+        "chunk_without_its_pages",
+        "S5 device",
+        Edit(DRAFT, "num_pages_for(start + num_tokens) - len", "num_pages_for(start) - len"),
+        policy="vllm_v1",
+    ),
+    mutant(
+        "class_ignored_in_the_queue",
+        "S3",
+        Edit(WAITING, "_Entry(request.generation.priority, key", "_Entry(0, key"),
+        num_classes=3,
+    ),
+    mutant(
+        "best_class_is_the_victim",
+        "S4",
+        Edit(
+            DRAFT,
+            "(reversed(self._state.running.values()), key=lambda r: r.",
+            "(reversed(self._state.running.values()), key=lambda r: -r.",
+        ),
+        num_classes=3,
+    ),
+    mutant(
+        "too_many_in_a_micro_batch",
+        "S2",
+        Edit(DRAFT, "if num_tokens <= 0 or not self._num_seqs_left:", "if num_tokens <= 0:"),
+        max_in_flight=4,
+        chain_decodes=False,
+        max_num_seqs=7,
+        max_seqs_per_step=2,
+        token_budget=12,
+        buckets=(4, 12),
+    ),
+    mutant(
         "in_flight_limit_off_by_one",
         "S8",
         Edit(SCHEDULER, ">= self.config.max_in_flight:", "> self.config.max_in_flight:"),
@@ -287,11 +362,11 @@ MUTANTS = [
 ]
 
 
-def first_catch() -> tuple[int, str, str] | None:
+def first_catch(run: dict[str, Any]) -> tuple[int, str, str] | None:
     """(run, property, message) of the first violation within the bound."""
     for seed in range(MAX_RUNS):
         try:
-            random_run(seed, STEPS_PER_RUN)
+            random_run(seed, STEPS_PER_RUN, **run)
         except PropertyViolation as violation:
             return seed, violation.name, str(violation)
         except DeviceFault as fault:
@@ -306,6 +381,6 @@ def first_catch() -> tuple[int, str, str] | None:
 @pytest.mark.parametrize("bug", MUTANTS, ids=lambda bug: bug.name)
 def test_seeded_bug_is_caught(bug: Mutant) -> None:
     with mutated(bug.edits):
-        caught = first_catch()
+        caught = first_catch(bug.run)
     assert caught is not None, f"{bug.name} survived {MAX_RUNS} runs"
     assert caught[1] in bug.caught_by, caught

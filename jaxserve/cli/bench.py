@@ -1,4 +1,4 @@
-"""`jaxserve bench`: throughput and latency of the engine on this machine."""
+"""`jaxserve bench`: throughput and latency on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from jaxserve.cli import bench_serve
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.cli.local_engine import local_engine
 from jaxserve.engine.config import EngineConfig
@@ -53,7 +54,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.callback()
 def bench() -> None:
-    """Measure throughput and latency on this machine, without a server."""
+    """Measure throughput and latency: of the engine alone, or through a server."""
+
+
+app.command()(bench_serve.serve)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""An open-loop load on a server, measured at the client's socket."""

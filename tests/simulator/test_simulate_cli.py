@@ -24,9 +24,8 @@ def call(*arguments: str) -> Any:
 
 
 def test_cost_of_a_prefill_and_of_decodes() -> None:
-    prefill = call(
-        "cost", "--model", "yi-34b", "--tensor-parallel", "2", "--prefill-tokens", "1024"
-    )
+    yi = ("cost", "--model", "yi-34b", "--tensor-parallel", "2")
+    prefill = call(*yi, "--prefill-tokens", "1024")
     assert prefill["step_time_s"] == pytest.approx(0.200, rel=0.02)
     assert prefill["linear_s"] == pytest.approx(0.1612, rel=0.01)
     parts = ("linear_s", "attention_s", "all_reduce_s", "elementwise_s", "host_s", "transfer_s")

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxserve.engine.config import DTYPES, POLICIES, EngineConfig
+from jaxserve.engine.config import DTYPES, POLICIES, STEP_BUDGETS, EngineConfig
 
 _UNIT_BYTES = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
@@ -109,6 +109,32 @@ ENGINE_OPTIONS: dict[str, Any] = {
             help="Most tokens of a step. Larger: prompts go in faster; smaller: running streams "
             "wait less for them.",
             show_default="128 on a CPU, 512 on a GPU",
+            rich_help_panel=_STEP,
+        ),
+    ],
+    "step_budget": Annotated[
+        str,
+        typer.Option(
+            help="What limits the prompt tokens of a step: tokens (--token-budget), time (the "
+            "predicted step keeps --slo-tbt-ms) or slack (what running streams can spare).",
+            autocompletion=_complete_from(STEP_BUDGETS),
+            rich_help_panel=_STEP,
+        ),
+    ],
+    "slo_tbt_ms": Annotated[
+        float | None,
+        typer.Option(
+            help="Objective for the time between tokens. Steps are measured at start, and the "
+            "largest token budget that keeps it is chosen.",
+            show_default="none",
+            rich_help_panel=_STEP,
+        ),
+    ],
+    "slo_ttft_ms": Annotated[
+        float | None,
+        typer.Option(
+            help="Objective for the first token, for --policy slack and --step-budget slack.",
+            show_default="6000 for these two",
             rich_help_panel=_STEP,
         ),
     ],

@@ -8,7 +8,18 @@ from pathlib import Path
 from jaxserve.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
-POLICIES = ("sarathi",)
+POLICIES = (
+    "sarathi",
+    "sarathi_decode_maximal",
+    "orca",
+    "vllm_v0",
+    "fastertransformer",
+    "chunked_only",
+    "hybrid_only",
+    "vllm_v1",
+    "slack",
+)
+STEP_BUDGETS = ("tokens", "time", "slack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +32,18 @@ class EngineConfig:
     dtype: str = "auto"
     """Of weights and KV cache. auto: float32 on a CPU, bfloat16 on a GPU."""
     policy: str = "sarathi"
+    step_budget: str = "tokens"
+    """What limits the prefills of a step: tokens (`token_budget` rows), time
+    (the predicted step keeps `slo_tbt_ms`) or slack (the deadlines of the
+    requests that decode)."""
     token_budget: int | None = None
-    """Most rows of a step (tau). auto: 128 on a CPU, 512 on a GPU."""
+    """Most rows of a step (tau). auto: 128 on a CPU, 512 on a GPU; measured at
+    start if `slo_tbt_ms` is given. Policies that put whole prompts into a step
+    don't keep to it."""
+    slo_tbt_ms: float | None = None
+    """Objective for the time between two tokens of a stream."""
+    slo_ttft_ms: float | None = None
+    """Objective for the first token; deadlines follow from it."""
     buckets: str | tuple[int, ...] = "auto"
     """Row counts of the compiled steps. "one": a single step of token_budget
     rows, which makes outputs bit-equal whatever runs beside a request."""
@@ -54,6 +75,7 @@ class EngineConfig:
             )
         if isinstance(self.buckets, tuple) and not 1 <= len(self.buckets) <= 4:
             raise ConfigError("--buckets takes one to four row counts: each is a compiled program")
+        self._check_objectives()
         for name in ("token_budget", "max_num_seqs", "max_model_len", "kv_cache_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -61,3 +83,22 @@ class EngineConfig:
         for name in ("max_queued_requests", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive")
+
+    def _check_objectives(self) -> None:
+        if self.step_budget not in STEP_BUDGETS:
+            raise ConfigError(
+                f"--step-budget must be one of {', '.join(STEP_BUDGETS)}, not {self.step_budget!r}"
+            )
+        for flag, value in (("tbt", self.slo_tbt_ms), ("ttft", self.slo_ttft_ms)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"--slo-{flag}-ms must be positive, not {value}")
+        if self.step_budget != "tokens" and self.slo_tbt_ms is None:
+            raise ConfigError(f"--step-budget {self.step_budget} needs --slo-tbt-ms")
+        if self.slo_ttft_ms is not None and "slack" not in (self.policy, self.step_budget):
+            raise ConfigError("--slo-ttft-ms needs --policy slack or --step-budget slack")
+        by_time = self.slo_tbt_ms is not None and self.step_budget == "tokens"
+        if by_time and self.token_budget is not None:
+            raise ConfigError(
+                "--slo-tbt-ms chooses the token budget: leave --token-budget out, or give "
+                "--step-budget time"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -11,7 +11,10 @@ import numpy as np
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.memory_plan import choose_num_pages, tree_bytes
+from jaxserve.engine.request import ServiceObjective
 from jaxserve.engine.scheduler.config import SchedulerConfig
+from jaxserve.engine.scheduler.deadlines import DEFAULT_OBJECTIVE
+from jaxserve.engine.scheduler.policies import make_policy
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import default_root
@@ -32,10 +35,16 @@ class PlatformDefaults:
     small_buckets: tuple[int, ...]
     """Buckets below max_num_seqs and the token budget: on a CPU a step of few
     rows is far cheaper than one of 32, on a GPU both read the same weights."""
+    token_budgets: tuple[int, ...]
+    """What a time objective may choose from; each is compiled."""
 
 
-CPU_DEFAULTS = PlatformDefaults("float32", 128, 32, 2048, (4,))
-ACCELERATOR_DEFAULTS = PlatformDefaults("bfloat16", 512, 256, 8192, ())
+CPU_DEFAULTS = PlatformDefaults("float32", 128, 32, 2048, (4,), (32, 64, 128, 256))
+ACCELERATOR_DEFAULTS = PlatformDefaults("bfloat16", 512, 256, 8192, (), (256, 512, 1024, 2048))
+
+
+_ROW_MULTIPLE = 16
+"""Rows of a bucket that no flag has named are a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,11 @@ class EngineSettings:
     scheduler: SchedulerConfig
     one_bucket: bool
     cache_dir: Path
+    step_budget: str = "tokens"
+    objective: ServiceObjective = DEFAULT_OBJECTIVE
+    """Of requests that bring none."""
+    has_tbt_objective: bool = False
+    """`objective.tbt_s` was asked for, so steps are measured at start."""
 
     def layouts(self) -> tuple[StepLayout, ...]:
         """One static layout per bucket."""
@@ -108,6 +122,7 @@ def resolve_settings(
         prefix_caching=config.prefix_caching,
         policy=config.policy,
     )
+    scheduler = _with_policy_rows(scheduler, config)
     return EngineSettings(
         device=device,
         model_config=model_config,
@@ -117,7 +132,10 @@ def resolve_settings(
             page_size=config.page_size, pages_per_block=max(1, 64 // config.page_size)
         ),
         scheduler=scheduler,
-        one_bucket=len(buckets) == 1,
+        one_bucket=len(scheduler.buckets) == 1,
+        step_budget=config.step_budget,
+        objective=_objective(config),
+        has_tbt_objective=config.slo_tbt_ms is not None,
         cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
 
@@ -131,10 +149,48 @@ def _resolve_rows(
         token_budget = config.token_budget or asked[-1]
     else:
         token_budget = config.token_budget or defaults.token_budget
+    if config.slo_tbt_ms is not None and config.token_budget is None and asked == "auto":
+        token_budget = defaults.token_budgets[-1]
     max_num_seqs = config.max_num_seqs or min(defaults.max_num_seqs, token_budget)
     if isinstance(asked, tuple):
         return token_budget, max_num_seqs, asked
     if asked == "one":
         return token_budget, max_num_seqs, (token_budget,)
+    if config.slo_tbt_ms is not None:
+        larger = tuple(rows for rows in defaults.token_budgets if rows > max_num_seqs)
+        defaults = replace(defaults, small_buckets=(*defaults.small_buckets, *larger))
     sizes = {rows for rows in (*defaults.small_buckets, max_num_seqs) if rows < token_budget}
     return token_budget, max_num_seqs, (*sorted(sizes), token_budget)
+
+
+def _with_policy_rows(scheduler: SchedulerConfig, config: EngineConfig) -> SchedulerConfig:
+    """Adds the bucket that the policy's largest step needs, and some on the way to it.
+
+    Raises ConfigError if the buckets were given and have none, or if the
+    policy can't keep the objective that was asked for.
+    """
+    policy = make_policy(scheduler.policy)
+    if config.slo_tbt_ms is not None and not policy.rules.sizes_chunks:
+        raise ConfigError(
+            f"--slo-tbt-ms has no effect on --policy {policy.name}, which does not cut prompts to "
+            "fit a step beside its decodes: leave it out, or choose --policy sarathi"
+        )
+    num_rows = policy.max_step_rows(scheduler)
+    if config.buckets != "auto" or num_rows <= scheduler.buckets[-1]:
+        policy.check(scheduler)
+        return scheduler
+    num_rows = -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    buckets = list(scheduler.buckets)
+    while 5 * buckets[-1] < num_rows:
+        buckets.append(4 * buckets[-1])
+    return replace(
+        scheduler, buckets=(*buckets, num_rows), token_budget=config.token_budget or num_rows
+    )
+
+
+def _objective(config: EngineConfig) -> ServiceObjective:
+    ttft_ms, tbt_ms = config.slo_ttft_ms, config.slo_tbt_ms
+    return ServiceObjective(
+        ttft_s=DEFAULT_OBJECTIVE.ttft_s if ttft_ms is None else ttft_ms / 1e3,
+        tbt_s=DEFAULT_OBJECTIVE.tbt_s if tbt_ms is None else tbt_ms / 1e3,
+    )

@@ -237,6 +237,7 @@ def choose_token_budget(
     num_decodes: int,
     decode_context: int,
     chunk_start: int,
+    margin: float = 1.0,
 ) -> int:
     """The largest token budget whose full step keeps the TBT objective (auto-tau).
 
@@ -246,6 +247,7 @@ def choose_token_budget(
         num_decodes: in the step that the objective must hold for.
         decode_context: keys that they read, summed over them.
         chunk_start: computed tokens in front of the chunk.
+        margin: share of the objective that the step may take.
 
     Raises ConfigError if no candidate holds the decodes and keeps it.
     """
@@ -258,7 +260,7 @@ def choose_token_budget(
             step = add_chunk(step, chunk_start, tau - num_decodes, tau)
         step_s = cost.predict_s(step)
         shortest_s = min(shortest_s, step_s)
-        if step_s <= slo_tbt_s:
+        if step_s <= margin * slo_tbt_s:
             best = max(best, tau)
     if not best:
         raise ConfigError(

@@ -29,8 +29,8 @@ from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, tree_bytes
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
-from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.settings import EngineSettings, resolve_settings
+from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.slots import SlotState, empty_slots, slot_state_shapes
 from jaxserve.engine.step import Params
 from jaxserve.model_store import resolve
@@ -128,9 +128,11 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     executor = JaxExecutor(programs, params, kv_pool, slots)
     with phases.time("first steps"):
         _run_first_steps(settings, executor)
+    with phases.time("measure steps"):
+        settings, scheduler = make_scheduler(settings, executor)
     num_compiles = counter.count
     engine = Engine(
-        Scheduler(settings.scheduler),
+        scheduler,
         executor,
         tokenizer,
         settings.model_config,

@@ -44,7 +44,8 @@ class Chunk(NamedTuple):
     new_pages: tuple[int, ...]
     """Page ids appended to the slot's page table before this step. A slot
     that is loaded starts with an empty table; its first chunk brings the pages
-    of every token known so far, those found in the prefix cache first."""
+    found in the prefix cache, then those that the policy grants: of this chunk
+    at least, usually of every token known so far."""
     logprob_targets: tuple[int, ...] = ()
     """Prompt logprobs: row i is scored against target i (the next prompt
     token). Shorter than the chunk by one when its last row samples. A chunk

@@ -111,6 +111,16 @@ class Request:
         """Tokens whose ids the host knows: prompt + committed output."""
         return self.num_prompt_tokens + len(self.output_token_ids)
 
+    @property
+    def is_scored(self) -> bool:
+        """Its prompt logprobs are asked for."""
+        return self.generation.sampling.prompt_logprobs is not None
+
+    @property
+    def has_unscored_prompt(self) -> bool:
+        """Some of its prompt logprobs have not been planned yet."""
+        return self.is_scored and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
     def known_token_ids(self, start: int, end: int) -> tuple[int, ...]:
         """Ids at positions [start, end), which must be known."""
         prompt = self.generation.prompt_token_ids

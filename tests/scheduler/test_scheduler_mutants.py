@@ -22,6 +22,7 @@ STEPS_PER_RUN = 60
 
 PAGES = "pages"
 DRAFT = "scheduler.draft"
+ADMISSION = "scheduler.admission"
 STATE = "scheduler.state"
 POLICY = "scheduler.policies.sarathi"
 SCHEDULER = "scheduler.scheduler"
@@ -108,12 +109,12 @@ MUTANTS = [
     mutant(
         "watermark_ignored",
         "watermark",
-        Edit(DRAFT, "watermark = self._config.num_watermark_pages", "watermark = 0"),
+        Edit(ADMISSION, "watermark = state.config.num_watermark_pages", "watermark = 0"),
     ),
     mutant(
         "no_headroom_on_resume",
         "S4",
-        Edit(DRAFT, "return max(watermark, growth)", "return watermark"),
+        Edit(ADMISSION, "return max(watermark, growth)", "return watermark"),
     ),
     mutant(
         "chunk_tokens_shifted",
@@ -193,7 +194,7 @@ MUTANTS = [
     mutant(
         "prefix_key_without_salt",
         "salt",
-        Edit(DRAFT, "root_key(request.generation.cache_salt)", 'root_key("")'),
+        Edit(ADMISSION, "root_key(request.generation.cache_salt)", 'root_key("")'),
     ),
     mutant(
         "prefix_key_without_parent",
@@ -217,7 +218,7 @@ MUTANTS = [
     mutant(
         "whole_prompt_from_the_prefix_cache",
         "S2 S4 S6",
-        Edit(DRAFT, "(request.num_tokens - 1) // size", "request.num_tokens // size"),
+        Edit(ADMISSION, "(request.num_tokens - 1) // size", "request.num_tokens // size"),
     ),
     mutant(
         "max_tokens_off_by_one",
@@ -292,9 +293,9 @@ MUTANTS = [
         "longest_sequence_is_not_reserved",
         "S4",
         Edit(
-            DRAFT,
-            "return self._config.max_pages_per_seq",
-            "return self._state.num_pages_for(request.num_tokens)",
+            ADMISSION,
+            "return state.config.max_pages_per_seq",
+            "return state.num_pages_for(request.num_tokens)",
         ),
         policy="orca",
     ),

@@ -17,16 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxserve.engine.pages import page_key, root_key
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.request import Request
+from jaxserve.engine.scheduler.admission import (
+    find_cached_pages,
+    num_granted_pages,
+    num_reserved_pages,
+)
 from jaxserve.engine.scheduler.budget import (
     PrefillLimit,
     StepBudget,
     StepContext,
     smallest_bucket,
 )
-from jaxserve.engine.scheduler.rules import PageGrant, PolicyRules
+from jaxserve.engine.scheduler.rules import PolicyRules
 from jaxserve.engine.scheduler.state import SchedulerState
 
 
@@ -185,15 +189,17 @@ class StepDraft:
         request = state.waiting.head
         if request is None or self._preempted or not state.free_slots:
             return False
-        cached_pages = self._find_cached_pages(request)
+        cached_pages = find_cached_pages(self._state, request)
         start = len(cached_pages) * self._config.page_size
         request.num_prefill_tokens = request.num_tokens
         num_tokens = self._num_prefill_tokens(request, start)
         if num_tokens == 0 or not self._may_be_cut(request, num_tokens, start):
             return False
-        num_new_pages = self._num_granted_pages(request, start + num_tokens) - len(cached_pages)
-        num_taken = num_new_pages + state.pages.num_unheld(cached_pages)
-        if state.pages.num_available - num_taken < self._reserved_pages(request, start):
+        grant = self._rules.page_grant
+        num_new_pages = num_granted_pages(state, grant, request, start + num_tokens)
+        num_new_pages -= len(cached_pages)
+        num_left = state.pages.num_available - state.pages.num_unheld(cached_pages) - num_new_pages
+        if num_left < num_reserved_pages(state, self._rules, self._budget, request, start):
             return False
         self._take_slot(request, cached_pages, num_new_pages)
         self._add_prefill_chunk(request, start, num_tokens, new_pages=tuple(request.page_ids))
@@ -265,7 +271,7 @@ class StepDraft:
 
     def _may_be_cut(self, request: Request, num_tokens: int, start: int) -> bool:
         """Whether a prefill may begin with a chunk of `num_tokens`."""
-        if not self._rules.whole_prompts or _is_scored(request):
+        if not self._rules.whole_prompts or request.is_scored:
             return True
         return start + num_tokens == request.num_prefill_tokens
 
@@ -291,7 +297,7 @@ class StepDraft:
         if num_tokens <= 0 or not self._num_seqs_left:
             return 0
         num_tokens = self._limit().max_tokens(start, num_tokens)
-        if _scores_prompt(request):
+        if request.has_unscored_prompt:
             # Positions before `scored_from` were reported in an earlier life.
             scored_from = request.num_prompt_logprobs
             if start < scored_from:
@@ -320,7 +326,7 @@ class StepDraft:
     ) -> None:
         end = start + num_tokens
         targets: tuple[int, ...] = ()
-        if _scores_prompt(request) and start == request.num_prompt_logprobs:
+        if request.has_unscored_prompt and start == request.num_prompt_logprobs:
             targets = request.generation.prompt_token_ids[start + 1 : end + 1]
             request.num_prompt_logprobs += len(targets)
         assert request.slot is not None
@@ -344,53 +350,6 @@ class StepDraft:
         request.num_pending_tokens += chunk.samples
         request.num_in_flight_steps += 1
 
-    def _find_cached_pages(self, request: Request) -> list[int]:
-        """Registered pages of its longest known prefix, at least one token short of all."""
-        if not self._config.prefix_caching or _scores_prompt(request):
-            return []
-        size = self._config.page_size
-        num_pages = (request.num_tokens - 1) // size
-        extend_page_keys(request, num_pages, size)
-        token_ids = request.known_token_ids(0, num_pages * size)
-        return self._state.pages.find_prefix(request.page_keys[:num_pages], token_ids)
-
-    def _num_granted_pages(self, request: Request, chunk_end: int) -> int:
-        """Pages of its table once it is admitted with a chunk up to `chunk_end`."""
-        match self._rules.page_grant:
-            case PageGrant.KNOWN_TOKENS:
-                return self._state.num_pages_for(request.num_tokens)
-            case PageGrant.LONGEST_SEQUENCE:
-                return self._config.max_pages_per_seq
-            case PageGrant.FIRST_CHUNK:
-                return self._state.num_pages_for(chunk_end)
-
-    def _reserved_pages(self, request: Request, start: int) -> int:
-        """Pages that must stay available when `request` is admitted.
-
-        The watermark; and for a preempted request at least what the running
-        ones can need until its prefill is done. So each life that follows a
-        preemption gives a token, and memory never thrashes.
-        """
-        if self._rules.page_grant is not PageGrant.KNOWN_TOKENS:
-            return 0
-        watermark = self._config.num_watermark_pages
-        running = self._state.running.values()
-        if not request.num_preemptions or not running or not self._rules.resume_headroom:
-            return watermark
-        prefilling = [r for r in running if r.num_computed_tokens < r.num_prefill_tokens]
-        backlog = request.num_tokens - start
-        backlog += sum(r.num_prefill_tokens - r.num_computed_tokens for r in prefilling)
-        num_rows = self._budget.min_prefill_tokens(len(running))
-        if any(_scores_prompt(r) for r in (request, *prefilling)):
-            num_rows = self._config.max_num_seqs - len(running)
-        num_steps = -(-backlog // num_rows) + len(prefilling) + 1 + self._config.max_in_flight
-        growth = 0
-        for r in running:
-            num_left = r.max_tokens - len(r.output_token_ids) - r.num_pending_tokens
-            end = max(r.num_computed_tokens, r.num_prefill_tokens) + min(num_left, num_steps)
-            growth += max(0, self._state.num_pages_for(end) - len(r.page_ids))
-        return max(watermark, growth)
-
     def _take_slot(self, request: Request, cached_pages: list[int], num_new_pages: int) -> None:
         state = self._state
         state.waiting.remove(request.request_id)
@@ -403,7 +362,7 @@ class StepDraft:
             request.first_scheduled_s = self.now_s
             request.num_cached_tokens = len(cached_pages) * self._config.page_size
             state.prefix_cache_hits += request.num_cached_tokens
-            if self._config.prefix_caching and not _scores_prompt(request):
+            if self._config.prefix_caching and not request.has_unscored_prompt:
                 state.prefix_cache_queries += request.num_tokens
         self._slot_loads.append(
             SlotLoad(
@@ -420,22 +379,3 @@ class StepDraft:
 
 def _by_class(requests: Iterable[Request]) -> list[Request]:
     return sorted(requests, key=lambda request: request.generation.priority)
-
-
-def extend_page_keys(request: Request, num_pages: int, page_size: int) -> None:
-    """Makes sure that `request.page_keys` covers its first `num_pages` full pages."""
-    keys = request.page_keys
-    while len(keys) < num_pages:
-        parent = keys[-1] if keys else root_key(request.generation.cache_salt)
-        start = len(keys) * page_size
-        keys.append(page_key(parent, request.known_token_ids(start, start + page_size)))
-
-
-def _is_scored(request: Request) -> bool:
-    """Its prompt logprobs are asked for."""
-    return request.generation.sampling.prompt_logprobs is not None
-
-
-def _scores_prompt(request: Request) -> bool:
-    """Some prompt logprobs have not been planned yet."""
-    return _is_scored(request) and request.num_prompt_logprobs < request.num_prompt_tokens - 1

@@ -18,9 +18,10 @@ from typing import NamedTuple
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import Chunk, StepPlan, StepResults
 from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, TokenUpdate
+from jaxserve.engine.scheduler.admission import extend_page_keys
 from jaxserve.engine.scheduler.budget import StepBudget, TokenBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
-from jaxserve.engine.scheduler.draft import StepDraft, extend_page_keys
+from jaxserve.engine.scheduler.draft import StepDraft
 from jaxserve.engine.scheduler.policies import Policy, make_policy
 from jaxserve.engine.scheduler.state import SchedulerState
 from jaxserve.engine.scheduler.updates import (

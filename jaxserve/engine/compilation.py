@@ -22,7 +22,7 @@ from jaxserve.engine.step import make_step
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
 from models.config import ModelConfig
-from models.ops.attention.kv_pool import kv_pool_shape
+from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
 from models.ops.attention.registry import AttentionImplementation
 from models.registry import get_family
 
@@ -163,7 +163,7 @@ def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:
         jax.jit(step, donate_argnums=(1, 2))
         .lower(
             params,
-            jax.ShapeDtypeStruct(pool_shape, spec.dtype),
+            jax.ShapeDtypeStruct(pool_shape, storage_dtype(spec.dtype)),
             slot_state_shapes(layout.num_slots, spec.config.vocab_size),
             jax.ShapeDtypeStruct((layout.size,), jnp.int32),
         )

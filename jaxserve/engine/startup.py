@@ -35,7 +35,7 @@ from jaxserve.engine.slots import SlotState, empty_slots, slot_state_shapes
 from jaxserve.engine.step import Params
 from jaxserve.model_store import resolve
 from models.loading import ModelSource, open_model
-from models.ops.attention.kv_pool import kv_pool_shape
+from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
 from models.registry import get_family
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     free_bytes = available_bytes(device)
     counter = CompileCounter()
     _memory_plan(settings, free_bytes).check()
-    build = ProgramBuild(_program_spec(settings))
+    build = ProgramBuild(program_spec(settings))
     with ThreadPoolExecutor(1, thread_name_prefix="allocate") as allocator:
         state = allocator.submit(_allocate, settings)
         with phases.time("load tokenizer"):
@@ -153,11 +153,11 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
 
 def build_executor(settings: EngineSettings, params: Params, *, depth: int = 2) -> JaxExecutor:
     """Compiles every program and allocates the pool, without an engine."""
-    programs = ProgramBuild(_program_spec(settings)).result()
+    programs = ProgramBuild(program_spec(settings)).result()
     return JaxExecutor(programs, params, *_allocate(settings), depth=depth)
 
 
-def _program_spec(settings: EngineSettings) -> ProgramSpec:
+def program_spec(settings: EngineSettings) -> ProgramSpec:
     return ProgramSpec(
         config=settings.model_config,
         dtype=settings.dtype,
@@ -187,7 +187,8 @@ def _allocate(settings: EngineSettings) -> tuple[jax.Array, SlotState]:
     config, scheduler = settings.model_config, settings.scheduler
     with jax.default_device(settings.device):
         kv_pool = jnp.zeros(
-            kv_pool_shape(config, scheduler.num_pages, scheduler.page_size), settings.dtype
+            kv_pool_shape(config, scheduler.num_pages, scheduler.page_size),
+            storage_dtype(settings.dtype),
         )
         slots = empty_slots(scheduler.max_num_seqs, config.vocab_size)
     jax.block_until_ready((kv_pool, slots))

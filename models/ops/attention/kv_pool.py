@@ -2,6 +2,9 @@
 
 Shape `[L, P + 1, page_size, 2, K, D]`: keys at index 0 and values at 1. The
 last page is spare: padding rows write there and nobody reads it.
+
+bfloat16 values are stored as their bits (uint16): XLA's CPU backend computes in
+float32 and would convert the whole pool around every scatter.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
 
 from models.config import ModelConfig
 from models.ops.attention.work import AttentionWork
@@ -23,6 +28,18 @@ def kv_pool_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[
         config.num_kv_heads,
         config.head_dim,
     )
+
+
+def storage_dtype(dtype: DTypeLike) -> np.dtype:
+    """The pool's dtype for values of `dtype`."""
+    return np.dtype(np.uint16) if jnp.dtype(dtype) == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+def as_values(stored: jax.Array) -> jax.Array:
+    """What was read from the pool, as floats."""
+    if stored.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(stored, jnp.bfloat16)
+    return stored
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: np.dtype) -> int:
@@ -46,6 +63,14 @@ def write_rows(
     num_layers, num_pages, page_size = kv_pool.shape[:3]
     page_ids = work.page_table[work.row_slots, work.row_positions // page_size]
     token_index = page_ids * page_size + work.row_positions % page_size
+    if token_index.shape[0] == 1:
+        # XLA turns a scatter of one row into a slice update and copies the pool
+        # around it, so a second row goes to the spare page.
+        spare = jnp.full(1, (num_pages - 1) * page_size, token_index.dtype)
+        token_index = jnp.concatenate([token_index, spare])
+        k, v = jnp.repeat(k, 2, axis=0), jnp.repeat(v, 2, axis=0)
     flat = kv_pool.reshape(num_layers, num_pages * page_size, *kv_pool.shape[3:])
-    rows = jnp.stack([k, v], axis=1).astype(kv_pool.dtype)
+    rows = jnp.stack([k, v], axis=1)
+    if kv_pool.dtype == jnp.uint16:
+        rows = lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
     return flat.at[layer_index, token_index].set(rows).reshape(kv_pool.shape)

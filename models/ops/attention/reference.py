@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from models.ops.attention.kv_pool import as_values
 from models.ops.attention.work import AttentionTiling, AttentionWork
 
 MASKED = -1e30
@@ -149,7 +150,8 @@ def _attend_group(
         columns = block[:, None] * tiling.pages_per_block + jnp.arange(tiling.pages_per_block)
         # Items that are done read their last columns again, fully masked.
         page_ids = jnp.take_along_axis(page_rows, columns, axis=1, mode="clip")
-        kv = pages[layer_offset + page_ids].reshape(width, block_tokens, 2, num_kv_heads, head_dim)
+        kv = as_values(pages[layer_offset + page_ids])
+        kv = kv.reshape(width, block_tokens, 2, num_kv_heads, head_dim)
         key_positions = block[:, None] * block_tokens + jnp.arange(block_tokens)
         held = key_positions <= last_positions[:, None]
         visible = key_positions[:, None, :] <= row_positions[:, :, None]

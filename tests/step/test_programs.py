@@ -1,0 +1,29 @@
+"""Properties of the compiled programs themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.engine.compilation import ProgramBuild
+from jaxserve.engine.startup import program_spec
+from tests.step.harness import tiny_settings
+
+
+def temp_bytes(rows: int, dtype: str, num_pages: int) -> int:
+    settings = replace(
+        tiny_settings(buckets=(rows,), max_num_seqs=1, num_pages=num_pages),
+        dtype=jnp.dtype(dtype),
+    )
+    return ProgramBuild(program_spec(settings)).result().temp_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 24])
+def test_temporaries_do_not_grow_with_the_pool(rows: int, dtype: str) -> None:
+    """The donated pool is updated in place, for any number of rows and dtype:
+    neither a scatter of one row nor a float conversion copies it."""
+    small, large = (temp_bytes(rows, dtype, num_pages) for num_pages in (200, 4000))
+    assert large == small

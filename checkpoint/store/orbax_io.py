@@ -1,0 +1,131 @@
+"""Array files. The one module that knows Orbax and the layout of what it writes.
+
+Orbax writes logical arrays (OCDBT key-value files holding Zarr 2 arrays, uncompressed).
+Reading goes straight to TensorStore: Orbax's own restore does not notice changed values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from checkpoint.store.durable import Deadline
+from checkpoint.store.errors import SaveFailed
+from checkpoint.store.tree import DTYPES, HostArray
+
+
+class ArrayWrite:
+    """A write that goes on in the background, from `start` until `wait` returns."""
+
+    def __init__(self, checkpointer: Any) -> None:
+        self._checkpointer = checkpointer
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        arrays: Mapping[str, HostArray],
+        stacked: Collection[str],
+        deadline: Deadline,
+    ) -> ArrayWrite:
+        """Begin to write `arrays` to the new `folder`.
+
+        Args:
+            folder: absolute path.
+            arrays: by name, at least one, none of them empty; must not change until `wait`.
+            stacked: names whose first axis is the layer: stored in one chunk per layer.
+            deadline: of the whole save.
+        """
+        # Takes seconds to import, which readers need not spend.
+        import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+
+        process = jax.process_index()
+        if process != 0:
+            raise SaveFailed(
+                f"process {process} of a jax.distributed job cannot save: process 0 can"
+            )
+        # The one writer waits for no other process.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="store"
+        )
+        numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=True,
+            use_zarr3=False,
+            use_compression=False,
+            multiprocessing_options=alone,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+                (np.ndarray, numpy_handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+            ),
+        )
+        checkpointer = ocp.AsyncCheckpointer(
+            handler,
+            async_options=ocp.AsyncOptions(timeout_secs=max(1, int(deadline.remaining_s))),
+            multiprocessing_options=alone,
+        )
+        save_args = {
+            name: ocp.SaveArgs(shard_axes=(0,) if name in stacked else ()) for name in arrays
+        }
+        checkpointer.save(
+            folder, args=ocp.args.PyTreeSave(_nest(arrays), save_args=_nest(save_args))
+        )
+        return cls(checkpointer)
+
+    def wait(self) -> None:
+        """Returns when all is written; raises what went wrong in this very write."""
+        self._checkpointer.wait_until_finished()
+
+    def close(self) -> None:
+        """Ends Orbax's threads. Call it after `wait`, also when that raised."""
+        self._checkpointer.close()
+
+
+class ArrayReader:
+    """Arrays of one folder, read anew from the files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # A context of its own: nothing that an earlier reader cached is seen.
+        self._context = ts.Context()
+
+    def read(self, name: str) -> HostArray:
+        """All values of one array.
+
+        Raises:
+            ValueError, OSError: it is not there, or the files cannot be understood.
+        """
+        array: HostArray = np.asarray(self._open(name).read().result())
+        if array.dtype.name not in DTYPES:
+            raise ValueError(f"dtype {array.dtype}")
+        return array
+
+    def chunk_shape(self, name: str) -> tuple[int, ...]:
+        """How an array is divided into pieces that can be read alone."""
+        return tuple(size or 0 for size in self._open(name).chunk_layout.read_chunk.shape or ())
+
+    def _open(self, name: str) -> ts.TensorStore:
+        spec = {
+            "driver": "zarr",
+            "kvstore": {
+                "driver": "ocdbt",
+                "base": {"driver": "file", "path": f"{self._folder}/"},
+                "path": f"{name.replace('/', '.')}/",
+            },
+        }
+        return ts.open(spec, context=self._context, open=True, read=True).result()
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split("/")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return nested

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import psutil
-
 import jaxserve
 from jaxserve import model_store
 from jaxserve.engine.config import EngineConfig
+from jaxserve.host_memory import read_host_memory
 from jaxserve.server.config import ServerConfig
 
 GIB = 1 << 30
@@ -151,24 +150,14 @@ def check_processor() -> Iterator[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    limit = _cgroup_limit_bytes()
-    if limit is not None and limit < total:
-        total, available = limit, min(available, limit)
+    memory = read_host_memory()
+    total, available = memory.total_bytes, memory.available_bytes
     value = f"{available / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
     if available < MIN_FREE_MEMORY_BYTES:
         fix = "stop other programs, or lower --kv-cache-bytes and --max-model-len"
         yield Finding("memory", Status.NOTE, value, fix)
     else:
         yield Finding("memory", Status.OK, value)
-
-
-def _cgroup_limit_bytes() -> int | None:
-    """The container's memory limit, if it has one."""
-    path = Path("/sys/fs/cgroup/memory.max")
-    text = path.read_text().strip() if path.is_file() else "max"
-    return int(text) if text.isdigit() else None
 
 
 def check_devices() -> Iterator[Finding]:

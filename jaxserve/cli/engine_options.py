@@ -170,7 +170,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
             help="Memory for keys and values: 512MiB, 2GB or bytes.",
             metavar="SIZE",
             parser=parse_byte_size,
-            show_default="16 full-length requests on a CPU, 85% of free memory on a GPU",
+            show_default="8 full-length requests on a CPU, 85% of free memory on a GPU",
             rich_help_panel=_MEMORY,
         ),
     ],

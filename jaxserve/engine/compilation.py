@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,10 @@ def use_compilation_cache(directory: Path) -> None:
 
 
 class ProgramBuild:
-    """A compilation that runs in threads while the weights load."""
+    """A compilation that runs in threads while the weights load.
+
+    A context manager: leaving it drops what has not been compiled yet.
+    """
 
     def __init__(self, spec: ProgramSpec) -> None:
         self._spec = spec
@@ -131,7 +134,13 @@ class ProgramBuild:
         }
         self._load_layout = SlotLoadLayout(spec.config.vocab_size, spec.max_model_len)
         self._load_slot = self._pool.submit(_timed, self._compile_load_slot)
-        self._pool.shutdown(wait=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # After a failure nobody waits for programs that have not been begun.
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def result(self) -> Programs:
         """Waits for all programs."""

@@ -76,7 +76,13 @@ class EngineConfig:
         if isinstance(self.buckets, tuple) and not 1 <= len(self.buckets) <= 4:
             raise ConfigError("--buckets takes one to four row counts: each is a compiled program")
         self._check_objectives()
-        for name in ("token_budget", "max_num_seqs", "max_model_len", "kv_cache_bytes"):
+        for name in (
+            "token_budget",
+            "max_num_seqs",
+            "max_model_len",
+            "kv_cache_bytes",
+            "page_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive, not {value}")

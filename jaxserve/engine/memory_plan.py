@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-import psutil
 
 from jaxserve.errors import ConfigError
+from jaxserve.host_memory import read_host_memory
 from models.config import ModelConfig
 from models.ops.attention.kv_pool import page_bytes
 
@@ -60,7 +60,7 @@ def tree_bytes(tree: object) -> int:
 def available_bytes(device: jax.Device) -> int:
     """Memory that can still be taken on this device."""
     if device.platform == "cpu":
-        return int(psutil.virtual_memory().available)
+        return read_host_memory().available_bytes
     stats = device.memory_stats() or {}
     return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
 
@@ -86,10 +86,10 @@ def choose_num_pages(
             kv_cache_bytes = min(wanted, int(CPU_POOL_FRACTION * free))
         else:
             kv_cache_bytes = int(GPU_POOL_FRACTION * (free - weights_bytes))
-    # More than every slot at full length would never be used.
-    most = max_num_seqs * pages_per_seq * 2
+        # Every slot at full length, and as much again for the prefix cache.
+        kv_cache_bytes = min(kv_cache_bytes, 2 * max_num_seqs * pages_per_seq * one_page)
     # One page is spare, see `kv_pool`.
-    return max(0, min(kv_cache_bytes // one_page - 1, most))
+    return max(0, kv_cache_bytes // one_page - 1)
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -19,6 +19,9 @@ import numpy as np
 
 from jaxserve.engine.sampling_params import SamplingParams
 
+NO_TOKEN = -1
+"""In results: the model gave no finite logits, so there is no token."""
+
 
 class Chunk(NamedTuple):
     """Consecutive positions of one sequence, computed in one step.
@@ -138,7 +141,8 @@ class StepResults:
 
     step_id: int
     token_ids: np.ndarray
-    """int32 [n]: the sampled token, or the target where one was given."""
+    """int32 [n]: the sampled token, or the target where one was given;
+    `NO_TOKEN` where the logits were not finite."""
     logprobs: np.ndarray
     """float32 [n]: logprob of that token."""
     ranks: np.ndarray

@@ -13,6 +13,9 @@ MAX_STOP_STRING_BYTES = 256
 MAX_STOP_TOKEN_IDS = 16
 MAX_LOGIT_BIAS = 1024
 
+GREEDY_TEMPERATURE = 1e-5
+"""Below it float32 can no longer tell sampling from taking the most likely."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -24,7 +27,7 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    """0 is greedy; otherwise logits are divided by it. [0, 100]."""
+    """Below `GREEDY_TEMPERATURE` greedy; otherwise logits are divided by it. [0, 100]."""
     top_k: int = 0
     """Keep the k most likely tokens (and ties of the k-th); 0 keeps all."""
     top_p: float = 1.0
@@ -34,7 +37,7 @@ class SamplingParams:
     seed: int | None = None
     """Unsigned 64-bit seed. Absent: drawn from the system's CSPRNG."""
     repetition_penalty: float = 1.0
-    """Divides positive (multiplies negative) logits of seen tokens. (0, 100]."""
+    """Divides positive (multiplies negative) logits of seen tokens. [0.01, 100]."""
     presence_penalty: float = 0.0
     """Subtracted once from the logits of generated tokens. [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -66,7 +69,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_TEMPERATURE
 
     def validate(self, *, vocab_size: int) -> None:
         """Raises InvalidRequest naming the first field out of its bounds."""
@@ -74,7 +77,7 @@ class SamplingParams:
         _bound("top_k", self.top_k, 0, vocab_size)
         _bound("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _bound("min_p", self.min_p, 0.0, 1.0)
-        _bound("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _bound("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _bound("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _bound("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -117,7 +120,11 @@ class SamplingParams:
         for text in self.stop:
             if not text:
                 raise InvalidRequest("stop", "a stop string must not be empty")
-            if len(text.encode()) > MAX_STOP_STRING_BYTES:
+            try:
+                num_bytes = len(text.encode())
+            except UnicodeEncodeError:
+                raise InvalidRequest("stop", "a stop string must be valid Unicode") from None
+            if num_bytes > MAX_STOP_STRING_BYTES:
                 raise InvalidRequest("stop", f"at most {MAX_STOP_STRING_BYTES} bytes per string")
 
 

@@ -148,7 +148,7 @@ def _resolve_rows(
     if isinstance(asked, tuple):
         token_budget = config.token_budget or asked[-1]
     else:
-        token_budget = config.token_budget or defaults.token_budget
+        token_budget = config.token_budget or max(defaults.token_budget, config.max_num_seqs or 0)
     if config.slo_tbt_ms is not None and config.token_budget is None and asked == "auto":
         token_budget = defaults.token_budgets[-1]
     max_num_seqs = config.max_num_seqs or min(defaults.max_num_seqs, token_budget)

@@ -106,7 +106,8 @@ def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
 
 def slot_state_shapes(num_slots: int, vocab_size: int) -> SlotState:
     """The state as `jax.ShapeDtypeStruct` leaves, without computing anything."""
-    return jax.eval_shape(partial(empty_slots, num_slots, vocab_size))
+    shapes: SlotState = jax.eval_shape(partial(empty_slots, num_slots, vocab_size))
+    return shapes
 
 
 def num_mask_words(vocab_size: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -72,8 +72,10 @@ class RunningEngine:
 
     def close(self) -> None:
         """Stops the engine at once."""
-        self.engine.stop()
-        self.compiles.close()
+        try:
+            self.engine.stop()
+        finally:
+            self.compiles.close()
 
 
 @dataclass(slots=True)
@@ -108,28 +110,20 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     settings = resolve_settings(config, source.config, device)
     use_compilation_cache(settings.cache_dir)
     free_bytes = available_bytes(device)
-    counter = CompileCounter()
     _memory_plan(settings, free_bytes).check()
-    build = ProgramBuild(program_spec(settings))
-    with ThreadPoolExecutor(1, thread_name_prefix="allocate") as allocator:
-        state = allocator.submit(_allocate, settings)
-        with phases.time("load tokenizer"):
-            tokenizer = source.load_tokenizer()
-        with phases.time("load weights"):
-            params = source.load_params(settings.dtype)
-        with phases.time("wait for the pool"):
-            kv_pool, slots = state.result()
-    with phases.time("wait for the compiler"):
-        programs = build.result()
-    for name, seconds in programs.seconds.items():
-        phases.record(name, seconds)
-    memory = _memory_plan(settings, free_bytes, temp_bytes=programs.temp_bytes)
-    memory.check()
-    executor = JaxExecutor(programs, params, kv_pool, slots)
-    with phases.time("first steps"):
-        _run_first_steps(settings, executor)
-    with phases.time("measure steps"):
-        settings, scheduler = make_scheduler(settings, executor)
+    with phases.time("load tokenizer"):
+        tokenizer = source.load_tokenizer()
+    with ExitStack() as on_failure:
+        counter = CompileCounter()
+        on_failure.callback(counter.close)
+        executor = _load_and_compile(source, settings, phases)
+        memory = _memory_plan(settings, free_bytes, temp_bytes=executor.programs.temp_bytes)
+        memory.check()
+        with phases.time("first steps"):
+            _run_first_steps(settings, executor)
+        with phases.time("measure steps"):
+            settings, scheduler = make_scheduler(settings, executor)
+        on_failure.pop_all()
     num_compiles = counter.count
     engine = Engine(
         scheduler,
@@ -151,9 +145,30 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     return RunningEngine(engine, tokenizer, source, report, counter)
 
 
+def _load_and_compile(
+    source: ModelSource, settings: EngineSettings, phases: _Phases
+) -> JaxExecutor:
+    """Weights, pool and programs, side by side."""
+    with (
+        ProgramBuild(program_spec(settings)) as build,
+        ThreadPoolExecutor(1, thread_name_prefix="allocate") as allocator,
+    ):
+        state = allocator.submit(_allocate, settings)
+        with phases.time("load weights"):
+            params = source.load_params(settings.dtype)
+        with phases.time("wait for the pool"):
+            kv_pool, slots = state.result()
+        with phases.time("wait for the compiler"):
+            programs = build.result()
+    for name, seconds in programs.seconds.items():
+        phases.record(name, seconds)
+    return JaxExecutor(programs, params, kv_pool, slots)
+
+
 def build_executor(settings: EngineSettings, params: Params, *, depth: int = 2) -> JaxExecutor:
     """Compiles every program and allocates the pool, without an engine."""
-    programs = ProgramBuild(program_spec(settings)).result()
+    with ProgramBuild(program_spec(settings)) as build:
+        programs = build.result()
     return JaxExecutor(programs, params, *_allocate(settings), depth=depth)
 
 
@@ -196,9 +211,9 @@ def _allocate(settings: EngineSettings) -> tuple[jax.Array, SlotState]:
 
 
 def _run_first_steps(settings: EngineSettings, executor: JaxExecutor) -> None:
-    """A short prompt through every bucket, on page 0 of slot 0."""
+    """A short prompt and a decode through every bucket, on page 0 of slot 0."""
     for step_id, rows in enumerate(settings.scheduler.buckets):
-        num_tokens = min(rows, settings.scheduler.page_size, settings.scheduler.max_model_len - 1)
+        num_tokens = max(1, min(rows, settings.scheduler.page_size - 1))
         token_ids = (0,) * num_tokens
         load = SlotLoad(
             slot=0,
@@ -211,4 +226,7 @@ def _run_first_steps(settings: EngineSettings, executor: JaxExecutor) -> None:
         )
         chunk = Chunk("first-step", 0, 0, num_tokens, token_ids, True, new_pages=(0,))
         executor.submit(StepPlan(step_id, rows, (), (chunk,), slot_loads=(load,)))
-        executor.next_completion()
+        decode = Chunk("first-step", 0, num_tokens, 1, (), True, new_pages=())
+        executor.submit(StepPlan(step_id, rows, (decode,), ()))
+        for _ in range(2):
+            executor.next_completion()

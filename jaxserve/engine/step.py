@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxserve.engine.plan import StepResults
+from jaxserve.engine.plan import NO_TOKEN, StepResults
 from jaxserve.engine.sampler import SampleOutput, sample
 from jaxserve.engine.slots import SlotState
 from jaxserve.engine.step_inputs import TAKE_FROM_SLOT, StepLayout
@@ -75,6 +75,10 @@ def make_step(
         logits = family.logits(params, config, x[rows])
         # The drawn token stands one position after the row that predicts it.
         output = sample(logits, slots, live_slots[rows], work.row_positions[rows] + 1, targets)
+        # NaN or infinity: there is no next token, and the request ends as an error.
+        is_sound = jnp.isfinite(logits.max(-1)) & jnp.isfinite(logits.min(-1))
+        token_ids = jnp.where(is_sound, output.token_ids, NO_TOKEN)
+        output = dataclasses.replace(output, token_ids=token_ids)
         slots = _record(slots, output.token_ids, live_slots[rows], targets)
         return kv_pool, slots, _pack_outputs(output)
 
@@ -89,8 +93,10 @@ def _record(
     target_slots = jnp.where(targets == -1, row_slots, num_slots)
     return dataclasses.replace(
         slots,
-        last_token=slots.last_token.at[target_slots].set(token_ids, mode="drop"),
-        token_counts=slots.token_counts.at[target_slots, token_ids].add(1, mode="drop"),
+        last_token=slots.last_token.at[target_slots].set(jnp.maximum(token_ids, 0), mode="drop"),
+        token_counts=slots.token_counts.at[target_slots, jnp.maximum(token_ids, 0)].add(
+            1, mode="drop"
+        ),
     )
 
 

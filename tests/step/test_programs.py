@@ -17,7 +17,8 @@ def temp_bytes(rows: int, dtype: str, num_pages: int) -> int:
         tiny_settings(buckets=(rows,), max_num_seqs=1, num_pages=num_pages),
         dtype=jnp.dtype(dtype),
     )
-    return ProgramBuild(program_spec(settings)).result().temp_bytes
+    with ProgramBuild(program_spec(settings)) as build:
+        return build.result().temp_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -263,3 +263,11 @@ def test_loading_a_slot_leaves_the_others_alone():
     counts = np.asarray(reloaded.token_counts)[1]
     assert np.flatnonzero(counts).tolist() == [8]
     assert int(np.asarray(reloaded.flags)[1]) & ~32 == 0  # only USES_RANDOM
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-46])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = np.random.default_rng(0).normal(size=(16, VOCAB)).astype(np.float32)
+    slots = load(no_slots(), 0, SamplingParams(temperature=temperature))
+    tokens = draw(slots, logits, np.arange(16, dtype=np.int32))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -203,3 +205,18 @@ def test_kv_pool_stays_where_it_is():
     driver.run()
     driver.executor.kv_pool.block_until_ready()
     assert driver.executor.kv_pool.unsafe_buffer_pointer() == address
+
+
+def test_logits_that_are_not_finite_end_the_request_as_an_error():
+    driver = Driver(tiny_settings(), poison=False)
+    sound = driver.executor.params
+    driver.add(make_request("r", prompt_of(9), GREEDY))
+    driver.turn()
+    try:
+        driver.executor.params = jax.tree.map(lambda leaf: leaf * jnp.nan, sound)
+        stream = driver.run()["r"]
+    finally:
+        driver.executor.params = sound
+    assert stream.finish_reason is FinishReason.ERROR
+    assert len(stream.token_ids) < 12
+    assert min(stream.token_ids, default=0) >= 0

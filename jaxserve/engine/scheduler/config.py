@@ -67,8 +67,10 @@ class SchedulerConfig:
                 f"--max-num-seqs {self.max_num_seqs} must not exceed --token-budget "
                 f"{self.token_budget}: every running sequence decodes in every step"
             )
-        if self.max_num_seqs < 1 or self.page_size < 1 or self.max_model_len < 2:
-            raise ConfigError("--max-num-seqs, --page-size and --max-model-len must be positive")
+        if self.max_num_seqs < 1 or self.page_size < 1:
+            raise ConfigError("--max-num-seqs and --page-size must be positive")
+        if self.max_model_len < 2:
+            raise ConfigError("--max-model-len must be at least 2: a prompt and an output token")
         if not 0.0 <= self.watermark < 0.5:
             raise ConfigError(f"--watermark must be in [0, 0.5), not {self.watermark}")
         if self.max_in_flight < 1:

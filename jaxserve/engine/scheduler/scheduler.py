@@ -224,6 +224,10 @@ class Scheduler:
     def _commit_chunk(
         self, request: Request, chunk: Chunk, reader: ResultReader, now_s: float
     ) -> TokenUpdate | None:
+        if reader.has_no_token(chunk):
+            reader.skip(chunk)
+            self.finish(request.request_id, FinishReason.ERROR)
+            return TokenUpdate(request, (), (), (), FinishReason.ERROR)
         num_full_pages = (chunk.start + chunk.num_tokens) // self.config.page_size
         if num_full_pages > request.num_registered_pages:
             self._register_pages(request, num_full_pages)

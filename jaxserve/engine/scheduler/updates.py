@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxserve.engine.plan import Chunk, StepResults
+from jaxserve.engine.plan import NO_TOKEN, Chunk, StepResults
 from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
 
 
@@ -16,7 +16,13 @@ class ResultReader:
     def __init__(self, results: StepResults) -> None:
         self._results = results
         self._token_ids: list[int] = results.token_ids.tolist()
+        self._lacks_tokens = NO_TOKEN in self._token_ids
         self._row = 0
+
+    def has_no_token(self, chunk: Chunk) -> bool:
+        """Whether a row of the chunk, which comes next, had no finite logits."""
+        end = self._row + len(chunk.logprob_targets) + chunk.samples
+        return self._lacks_tokens and NO_TOKEN in self._token_ids[self._row : end]
 
     def skip(self, chunk: Chunk) -> None:
         self._row += len(chunk.logprob_targets) + chunk.samples

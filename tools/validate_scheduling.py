@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,11 +36,17 @@ from jaxserve.simulator.piggyback import published_cells, summary
 from jaxserve.simulator.pipeline import compare_pipelines
 from jaxserve.simulator.run import simulate
 from jaxserve.simulator.scenarios import find_scenario
+from jaxserve.simulator.service_classes import QUICK, Goodput, find_goodput, slack_engine
 from jaxserve.simulator.stability import run_at_load
 
 TAU_SWEEP = (128, 256, 384, 512, 640, 768, 1024)
 PIPELINE_REQUESTS = 1500
 STABILITY_REQUESTS = 20_000
+SLACK_WORKLOADS = {"azure_conv": 6.0, "azure_code": 4.5, "sharegpt": 2.0}
+"""Workload -> requests per second at which the search starts."""
+SLACK_TAUS = (256, 512, 1024)
+SLACK_REQUESTS = 1500
+SLACK_MAX_ROWS = 2560
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +198,7 @@ def _chat(
 ) -> list[Finding]:
     findings = []
     for slo in ("strict", "relaxed"):
-        policies = [policy for s, policy in bands if s == slo]
+        policies = [policy for name, policy in bands if name == slo]
         ratios = _ratios(settings, scenario, slo, policies, num_requests)
         for policy in policies:
             band, low, high = bands[slo, policy]
@@ -357,6 +363,70 @@ def v11(_: Settings) -> list[Finding]:
     return findings
 
 
+def slack(settings: Settings) -> list[Finding]:
+    """Two classes of service: deadline order and slack budget against a fixed budget,
+    the one that keeps the quick class's objective and the best of a sweep."""
+    experiment = _mistral()
+    tau = choose_token_budget(
+        experiment.cost,
+        QUICK.tbt_s,
+        range(128, 2049, 64),
+        num_decodes=32,
+        decode_context=32 * 1024,
+        chunk_start=1024,
+    )
+    findings = []
+    for workload, start_qps in SLACK_WORKLOADS.items():
+        systems = ("slack", *(f"tau {size}" for size in sorted({tau, *SLACK_TAUS})))
+        jobs = {
+            system: [
+                settings.pool.submit(_goodput, workload, start_qps, system, seed)
+                for seed in settings.seeds
+            ]
+            for system in systems
+        }
+        goodputs = {system: [job.result() for job in row] for system, row in jobs.items()}
+        for system, row in goodputs.items():
+            each = ", ".join(f"{one.qps:.2f} qps at {one.attainment:.1%}" for one in row)
+            print(f"     {workload} {system}: {each}")
+        for name, rivals, low in (
+            (f"tau {tau} (auto)", [f"tau {tau}"], 1.2),
+            ("the best tau", list(systems[1:]), 1.0),
+        ):
+            best = [max(goodputs[r][i].qps for r in rivals) for i in range(len(settings.seeds))]
+            ratios = tuple(a.qps / b for a, b in zip(goodputs["slack"], best, strict=True))
+            findings.append(
+                Finding(
+                    "SL", f"{workload}: load served well, slack / {name}", ratios, low, math.inf
+                )
+            )
+    return findings
+
+
+def _goodput(workload: str, start_qps: float, system: str, seed: int) -> Goodput:
+    experiment = _mistral()
+    if system == "slack":
+        engine = slack_engine(experiment, max_rows=SLACK_MAX_ROWS)
+    else:
+        size = int(system.removeprefix("tau "))
+        engine = replace(experiment, token_budget=size).engine("sarathi")
+    requests = make_workload(
+        workload, SLACK_REQUESTS, seed, max_model_len=8192, arrivals=ArrivalProcess()
+    )
+    return find_goodput(engine, requests, seed, start_qps=start_qps)
+
+
+def _mistral() -> Experiment:
+    deployment = find_deployment("mistral-7b")
+    return Experiment(
+        deployment=deployment,
+        cost=make_cost_model("fitted", deployment, HostCost()),
+        max_model_len=8192,
+        token_budget=512,
+        max_num_seqs=128,
+    )
+
+
 def s10(settings: Settings) -> list[Finding]:
     """20,000 requests at 0.95 of the device's limit: does the queue grow?"""
     findings = []
@@ -399,6 +469,7 @@ CHECKS: dict[str, Callable[[Settings], list[Finding]]] = {
     "V9": v9,
     "V10": v10,
     "V11": v11,
+    "SL": slack,
     "S10": s10,
 }
 """V1 gives V2 too: both come from the same runs."""

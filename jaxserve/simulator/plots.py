@@ -44,11 +44,13 @@ def timeline(pyplot: Any, steps: Sequence[SimStep], path: Path) -> None:
     handles = [
         pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in (_PREFILL, _DECODE, _HYBRID)
     ]
-    axes.legend(handles, ["prefill", "decode", "both"], loc="upper right", ncols=3)
+    axes.legend(
+        handles, ["prefill", "decode", "both"], loc="lower right", bbox_to_anchor=(1, 1), ncols=3
+    )
     axes.set_yticks(range(num_stages), [f"stage {stage}" for stage in range(num_stages)])
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.set_title(f"first {len(shown)} steps")
+    axes.set_title(f"first {len(shown)} steps", loc="left")
     _save(pyplot, figure, path)
 
 

@@ -1,0 +1,77 @@
+"""Latency of the scheduling policies in the real engine: SL1 to SL6 and SL8 on this machine.
+
+    python tools/evaluate_policies.py [--only sl1,sl6] [--model FOLDER] [--json]
+
+The same engine, model and load; only the policy differs. Each part takes one
+to three minutes and ends as pass, fail or void. Void says that the machine was
+busy: nothing can be concluded, whether the checks hold or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tools.policy_evaluation.budget_control import TOKEN_BUDGETS, objective_keeps
+from tools.policy_evaluation.capacity import socket_capacity
+from tools.policy_evaluation.model import write_model
+from tools.policy_evaluation.piggyback import marginal_decode_cost
+from tools.policy_evaluation.rig import Rig, make_rig
+from tools.policy_evaluation.simulated import simulator_accuracy
+from tools.policy_evaluation.slack import slack_throughput
+from tools.policy_evaluation.stalls import long_prompt_arrival, time_to_first_token_price
+from tools.policy_evaluation.verdict import Outcome
+
+PARTS: dict[str, Callable[[Rig], Outcome]] = {
+    "sl1": long_prompt_arrival,
+    "sl2": time_to_first_token_price,
+    "sl3": socket_capacity,
+    "sl4": objective_keeps,
+    "sl5": slack_throughput,
+    "sl6": marginal_decode_cost,
+    "sl8": simulator_accuracy,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--model", type=Path, help="where to keep the random model")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(unknown)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        rig = make_rig(write_model(args.model or Path(scratch) / "model"), TOKEN_BUDGETS)
+        outcomes = [PARTS[name](rig) for name in names]
+    for outcome in outcomes:
+        if args.json:
+            print(json.dumps(outcome.values()))
+        else:
+            _print(outcome)
+    sys.exit(any(outcome.verdict != "pass" for outcome in outcomes))
+
+
+def _print(outcome: Outcome) -> None:
+    noise = outcome.noise
+    print(f"{outcome.name}: {outcome.verdict.upper()}")
+    for check in outcome.checks:
+        sign = "<=" if check.at_most else ">="
+        mark = "" if check.holds else "   does not hold"
+        print(f"    {check.name:44s} {check.value:9.3f} {sign} {check.limit:g}{mark}")
+    print(
+        f"    calibration spread {noise.calibration_spread:.0%}, other programs "
+        f"{noise.foreign_cpu_share:.0%} of the CPU, load {noise.load_average:.1f}"
+    )
+    for reason in outcome.values()["void_reasons"]:
+        print(f"    void: {reason}")
+    print(f"    {json.dumps(outcome.figures)}")
+
+
+if __name__ == "__main__":
+    main()

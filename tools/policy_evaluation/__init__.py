@@ -1,0 +1,1 @@
+"""Latency evidence for scheduling policies, taken in the real engine."""

@@ -1,0 +1,145 @@
+"""What a measurement is worth: pass, fail, or void because the machine was busy."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+
+from tools.policy_evaluation.rig import MAX_NUM_SEQS, TOKEN_BUDGET, Rig
+from tools.policy_evaluation.steps import StepShape, time_steps
+
+MAX_SPREAD = 0.25
+"""(P90 - P10) / P50 of the calibration loop; above it nothing is concluded."""
+MAX_FOREIGN_SHARE = 0.10
+"""CPU time of other programs, as a share of all cores."""
+NUM_STEADY = 16
+LONG_PROMPT = 1312
+"""20 token budgets and a half."""
+
+FULL_STEP = StepShape(TOKEN_BUDGET, NUM_STEADY, 400, TOKEN_BUDGET - NUM_STEADY, LONG_PROMPT // 2)
+"""A step of the whole token budget, in the middle of a long prompt."""
+WHOLE_STEP = StepShape(1360, chunk_tokens=LONG_PROMPT)
+DECODE_STEP = StepShape(MAX_NUM_SEQS, NUM_STEADY, 400)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`value` must be at most (or at least) `limit`."""
+
+    name: str
+    value: float
+    limit: float
+    at_most: bool = True
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How quiet the machine was."""
+
+    calibration_spread: float
+    foreign_cpu_share: float
+    load_average: float
+
+    def void_reasons(self) -> list[str]:
+        reasons = []
+        if self.calibration_spread > MAX_SPREAD:
+            reasons.append(
+                f"the calibration loop spread by {self.calibration_spread:.0%} (at most "
+                f"{MAX_SPREAD:.0%})"
+            )
+        if self.foreign_cpu_share > MAX_FOREIGN_SHARE:
+            reasons.append(
+                f"other programs took {self.foreign_cpu_share:.0%} of the CPU (at most "
+                f"{MAX_FOREIGN_SHARE:.0%})"
+            )
+        return reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    name: str
+    checks: Sequence[Check]
+    figures: dict[str, Any]
+    noise: Noise
+    void_reasons: Sequence[str] = ()
+    """Beside those of the noise."""
+
+    @property
+    def verdict(self) -> str:
+        """A run on a busy machine is void even if every check holds."""
+        if self.noise.void_reasons() or self.void_reasons:
+            return "void"
+        return "pass" if all(check.holds for check in self.checks) else "fail"
+
+    def values(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "verdict": self.verdict,
+            "void_reasons": [*self.noise.void_reasons(), *self.void_reasons],
+            "checks": [asdict(check) | {"holds": check.holds} for check in self.checks],
+            "figures": self.figures,
+            "noise": asdict(self.noise),
+        }
+
+
+def cpu_times_s() -> tuple[float, float]:
+    """CPU seconds of the whole machine, and of this process and its children."""
+    machine = psutil.cpu_times()
+    busy_s = machine.user + machine.nice + machine.system
+    own_s = 0.0
+    process = psutil.Process()
+    for one in (process, *process.children(recursive=True)):
+        times = one.cpu_times()
+        own_s += times.user + times.system
+        if one is process:
+            own_s += times.children_user + times.children_system
+    return busy_s, own_s
+
+
+@dataclass(slots=True)
+class NoiseMeter:
+    """Times the same steps again and again between the measurements.
+
+    `sample` runs three shapes; the spread is that of the full step, and their
+    medians are the reference times of the run.
+    """
+
+    rig: Rig
+    _seconds: dict[str, list[float]] = field(default_factory=dict)
+    _start_s: float = field(default_factory=time.monotonic)
+    _start_cpu: tuple[float, float] = field(default_factory=cpu_times_s)
+
+    def sample(self, repeats: int = 12) -> None:
+        shapes = {"full": FULL_STEP, "decode": DECODE_STEP}
+        for name, seconds in time_steps(self.rig.executor, shapes, repeats).items():
+            self._seconds.setdefault(name, []).extend(seconds.tolist())
+        whole = time_steps(self.rig.executor, {"whole": WHOLE_STEP}, 2)["whole"]
+        self._seconds.setdefault("whole", []).extend(whole.tolist())
+
+    def median_s(self, name: str) -> float:
+        return float(np.median(self._seconds[name]))
+
+    def noise(self) -> Noise:
+        low, middle, high = np.percentile(self._seconds["full"], (10, 50, 90))
+        machine_s, own_s = (
+            now - before for now, before in zip(cpu_times_s(), self._start_cpu, strict=True)
+        )
+        capacity_s = (time.monotonic() - self._start_s) * (psutil.cpu_count() or 1)
+        return Noise(
+            calibration_spread=float((high - low) / middle),
+            foreign_cpu_share=max(0.0, machine_s - own_s) / capacity_s,
+            load_average=os.getloadavg()[0],
+        )
+
+    def reference_ms(self) -> dict[str, float]:
+        return {f"{name}_step_ms": 1e3 * self.median_s(name) for name in self._seconds}

@@ -24,9 +24,6 @@ from jaxserve.engine.step_features import StepFeatures
 
 _MARGIN = 0.9
 """Share of a TBT objective that a step may take; the host and chance get the rest."""
-_PREFILL_TIMES_PER_TOKEN = 68.0
-"""Weight of remaining prefill in the slack policy's order, in prefill times:
-QoServe's 8 ms a token at 8500 tokens a second."""
 
 
 def make_scheduler(
@@ -88,9 +85,4 @@ def _policy(settings: EngineSettings, largest: tuple[StepFeatures, float] | None
     if largest is None:
         return SlackPolicy(settings.objective)
     step, seconds = largest
-    tokens_per_s = step.num_tokens / seconds
-    return SlackPolicy(
-        settings.objective,
-        seconds_per_token=_PREFILL_TIMES_PER_TOKEN / tokens_per_s,
-        tokens_per_s=tokens_per_s,
-    )
+    return SlackPolicy(settings.objective, tokens_per_s=step.num_tokens / seconds)

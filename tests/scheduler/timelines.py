@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxserve.engine.plan import StepPlan
-from jaxserve.engine.request import GenerationRequest, Request
+from jaxserve.engine.request import GenerationRequest, Request, ServiceObjective
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.policies import POLICIES
 from jaxserve.engine.scheduler.scheduler import Scheduler
@@ -38,8 +38,13 @@ def _config(policy: str, *, num_stages: int) -> SchedulerConfig:
 
 
 def _request(name: str, num_prompt: int, max_tokens: int) -> Request:
+    """D is in more of a hurry than the others, which policies of deadlines follow."""
     first_id = 100 * NAMES.index(name)
-    generation = GenerationRequest(name, tuple(range(first_id, first_id + num_prompt)))
+    generation = GenerationRequest(
+        name,
+        tuple(range(first_id, first_id + num_prompt)),
+        objective=ServiceObjective(ttft_s=3.0, tbt_s=0.1) if name == "D" else None,
+    )
     return Request(generation, max_tokens, 0, frozenset(), arrival_s=0.0)
 
 

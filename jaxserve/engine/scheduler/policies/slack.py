@@ -15,8 +15,9 @@ class SlackPolicy(Policy):
     """Every decode, then prefills by first-token deadline and remaining length.
 
     The rank of a prefill is its deadline plus `seconds_per_token` for each
-    token that it still has to compute: earliest deadline first at low load,
-    shortest prefill first the more of them compete. A request that waits and
+    token that it still has to compute. At 0 that is earliest deadline first;
+    above it short prefills overtake long ones, which serves more requests in
+    time under overload and fewer of the long ones. A request that waits and
     can't make its deadline any more is put behind the others once, so that it
     doesn't make them late as well.
 
@@ -34,7 +35,7 @@ class SlackPolicy(Policy):
         self,
         objective: ServiceObjective = DEFAULT_OBJECTIVE,
         *,
-        seconds_per_token: float = 0.008,
+        seconds_per_token: float = 0.0,
         tokens_per_s: float = 8500.0,
         decay: float = 0.995,
     ) -> None:

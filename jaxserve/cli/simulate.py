@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from jaxserve.cli.simulate_options import (
@@ -26,6 +23,7 @@ from jaxserve.cli.simulate_options import (
     Scenario,
     Seed,
     Slo,
+    StepTimeMs,
     StreamChunks,
     TokenBudget,
     Trace,
@@ -34,8 +32,9 @@ from jaxserve.cli.simulate_options import (
     make_requests,
     names_of,
     numbers_of,
+    print_result,
 )
-from jaxserve.errors import ConfigError
+from jaxserve.cli.simulate_steps import cost, fit, piggyback
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -58,6 +57,7 @@ def run(
     num_requests: NumRequests = 300,
     seed: Seed = 1,
     token_budget: TokenBudget = None,
+    step_time_ms: StepTimeMs = None,
     max_num_seqs: MaxNumSeqs = None,
     buckets: Buckets = "",
     stream_chunks: StreamChunks = False,
@@ -85,8 +85,8 @@ def run(
     from jaxserve.simulator.run import simulate as simulate_run
 
     experiment = make_experiment(
-        scenario, slo, token_budget, max_num_seqs, buckets, stream_chunks, cost_model, profile,
-        host_ms, host_ms_per_seq,
+        scenario, slo, token_budget, step_time_ms, max_num_seqs, buckets, stream_chunks,
+        cost_model, profile, host_ms, host_ms_per_seq,
     )  # fmt: skip
     requests = make_requests(
         scenario, workload, trace, arrivals, burstiness, clip_gaps, num_requests, seed
@@ -106,7 +106,7 @@ def run(
             plots.timeline(draw, steps, plot)
         else:
             plots.curves(draw, runs, plot)
-    _print({"scenario": scenario, "seed": seed, "runs": runs}, as_json, _runs_table(runs))
+    print_result({"scenario": scenario, "seed": seed, "runs": runs}, as_json, _runs_table(runs))
 
 
 @app.command()
@@ -119,6 +119,7 @@ def capacity(
     num_requests: NumRequests = 300,
     seeds: Annotated[str, typer.Option(help="One or more; the median counts.")] = "1",
     token_budget: TokenBudget = None,
+    step_time_ms: StepTimeMs = None,
     max_num_seqs: MaxNumSeqs = None,
     buckets: Buckets = "",
     stream_chunks: StreamChunks = False,
@@ -144,8 +145,8 @@ def capacity(
     from jaxserve.simulator.scenarios import find_scenario
 
     experiment = make_experiment(
-        scenario, slo, token_budget, max_num_seqs, buckets, stream_chunks, cost_model, profile,
-        host_ms, host_ms_per_seq,
+        scenario, slo, token_budget, step_time_ms, max_num_seqs, buckets, stream_chunks,
+        cost_model, profile, host_ms, host_ms_per_seq,
     )  # fmt: skip
     draw = None if plot is None else plots.start()
     found = find_scenario(scenario)
@@ -178,64 +179,7 @@ def capacity(
         table.add_row(
             name, f"{comparison.median(name):.3f}", ", ".join(f"{qps:.3f}" for qps in by_seed)
         )
-    _print(result, as_json, table)
-
-
-@app.command()
-def cost(
-    model: Annotated[str, typer.Option(help="mistral-7b, yi-34b, llama2-70b ...")] = "yi-34b",
-    tensor_parallel: Annotated[int | None, typer.Option(min=1, show_default="published")] = None,
-    pipeline_parallel: Annotated[int | None, typer.Option(min=1, show_default="published")] = None,
-    device: Annotated[str, typer.Option(help="Only a100 has constants.")] = "a100",
-    prefill_tokens: Annotated[int, typer.Option(min=0, help="Tokens of one prefill chunk.")] = 0,
-    computed_tokens: Annotated[int, typer.Option(min=0, help="In front of the chunk.")] = 0,
-    decode_batch: Annotated[int, typer.Option(min=0, help="Decodes in the step.")] = 0,
-    context: Annotated[int, typer.Option(min=1, help="Keys that each of them reads.")] = 1024,
-    cost_model: CostModelName = "fitted",
-    profile: Profile = None,
-    host_ms: HostMs = 0.0,
-    host_ms_per_seq: HostMsPerSeq = 0.0,
-    as_json: AsJson = False,
-) -> None:
-    """What one step takes: a prefill chunk, decodes, or both.
-
-    With pipeline stages, of all of them; `stage_s` is one.
-
-    Example: jaxserve simulate cost --model yi-34b --tensor-parallel 2 --prefill-tokens 1024
-    """
-    from jaxserve.engine.step_features import StepFeatures
-    from jaxserve.simulator.cost_models.base import HostCost
-    from jaxserve.simulator.deployments import find_deployment
-    from jaxserve.simulator.experiment import make_cost_model
-
-    if not (prefill_tokens or decode_batch):
-        raise ConfigError("the step is empty: give --prefill-tokens, --decode-batch, or both")
-    deployment = find_deployment(
-        model,
-        tensor_parallel=tensor_parallel,
-        pipeline_parallel=pipeline_parallel,
-        device=device,
-    )
-    host = HostCost(host_ms / 1e3, host_ms_per_seq / 1e3)
-    step = StepFeatures.of_hybrid(decode_batch, context, prefill_tokens, computed_tokens)
-    predict = make_cost_model(cost_model, deployment, host, profile=profile)
-    stage = predict.stage_cost(step)
-    stages = deployment.pipeline_parallel
-    transfer_s = (stages - 1) * predict.transfer_s(step.num_tokens)
-    values = {
-        "step_time_s": stages * stage.total_s + transfer_s,
-        "linear_s": stages * stage.linear_s,
-        "attention_s": stages * stage.attention_s,
-        "all_reduce_s": stages * stage.all_reduce_s,
-        "elementwise_s": stages * stage.elementwise_s,
-        "host_s": stages * stage.host_s,
-        "transfer_s": transfer_s,
-        "stage_s": stage.total_s,
-    }
-    table = Table("part", "ms")
-    for key, seconds in values.items():
-        table.add_row(key.removesuffix("_s"), f"{seconds * 1e3:.3f}")
-    _print(values, as_json, table)
+    print_result(result, as_json, table)
 
 
 @app.command()
@@ -260,55 +204,7 @@ def pipeline(
     table = Table("system", "makespan, s", "median bubble of a request, s")
     for name, seconds in result.makespan_s.items():
         table.add_row(name, f"{seconds:.1f}", f"{result.median_bubble_s[name]:.3f}")
-    _print(result.summary(), as_json, table)
-
-
-@app.command()
-def piggyback(
-    as_json: AsJson = False,
-) -> None:
-    """SARATHI's gain from decodes that ride with prefill chunks (LLaMA-13B on
-    an A6000), in closed form from a few measured times.
-
-    Example: jaxserve simulate piggyback --json
-    """
-    from jaxserve.simulator.piggyback import published_cells, summary
-
-    table = Table("context", "batch", "chunk", "prompt:output", "gain", "published")
-    for cell in published_cells():
-        table.add_row(
-            str(cell.context),
-            str(cell.batch),
-            str(cell.chunk),
-            f"{cell.prompt_per_output:g}",
-            f"{cell.gain:.3f}",
-            f"{cell.published_gain:.2f}",
-        )
-    _print(summary(), as_json, table)
-
-
-@app.command()
-def fit(
-    step_log: Annotated[Path, typer.Argument(help="JSON lines that an engine recorded.")],
-    out: Annotated[Path | None, typer.Option(metavar="JSON", help="Keep the model.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """A step-cost model from an engine's own recorded steps.
-
-    Every second step is held out; the error is that of the steps held out.
-
-    Example: jaxserve simulate fit steps.jsonl --json
-    """
-    from jaxserve.simulator.fitting import fit_step_log
-
-    result = fit_step_log(step_log)
-    values = result.summary()
-    if out is not None:
-        out.write_text(json.dumps(values["model"]) + "\n", encoding="utf-8")
-    table = Table("", "")
-    for key, value in values.items():
-        table.add_row(key, json.dumps(value))
-    _print(values, as_json, table)
+    print_result(result.summary(), as_json, table)
 
 
 def _runs_table(runs: list[dict[str, Any]]) -> Table:
@@ -327,8 +223,5 @@ def _runs_table(runs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _print(values: dict[str, Any], as_json: bool, table: Table) -> None:
-    if as_json:
-        typer.echo(json.dumps(values))
-    else:
-        Console().print(table)
+for _command in (cost, piggyback, fit):
+    app.command()(_command)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from jaxserve.errors import ConfigError
 
@@ -28,6 +32,14 @@ TokenBudget = Annotated[
     int | None,
     typer.Option(
         min=1, help="Rows of a step (tau).", show_default="published", rich_help_panel=_SETUP
+    ),
+]
+StepTimeMs = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="Fill steps up to this predicted time instead; --token-budget is then the most rows.",
+        rich_help_panel=_SETUP,
     ),
 ]
 MaxNumSeqs = Annotated[
@@ -100,6 +112,7 @@ def make_experiment(
     scenario: str,
     slo: str,
     token_budget: int | None,
+    step_time_ms: float | None,
     max_num_seqs: int | None,
     buckets: str,
     stream_chunks: bool,
@@ -126,6 +139,7 @@ def make_experiment(
         max_num_seqs=max_num_seqs,
         buckets=rows,
         stream_chunks=stream_chunks,
+        step_time_s=None if step_time_ms is None else step_time_ms / 1e3,
     )
 
 
@@ -166,3 +180,10 @@ def numbers_of(option: str, text: str) -> list[float]:
     if not numbers or min(numbers) < 0:
         raise ConfigError(f"{option} takes numbers like 1,2.5, not {text!r}")
     return numbers
+
+
+def print_result(values: Mapping[str, object], as_json: bool, table: Table) -> None:
+    if as_json:
+        typer.echo(json.dumps(values))
+    else:
+        Console().print(table)

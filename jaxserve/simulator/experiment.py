@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jaxserve.engine.request import ServiceObjective
+from jaxserve.engine.scheduler.budget import StepBudget, TimeBudget
+from jaxserve.engine.scheduler.policies import make_policy
 from jaxserve.errors import ConfigError
 from jaxserve.simulator.arrivals import ArrivalProcess
 from jaxserve.simulator.cost_models.base import CostModel, HostCost
@@ -20,6 +22,8 @@ from jaxserve.simulator.run import SimEngine, SimRequest
 from jaxserve.simulator.scenarios import scheduler_config
 from jaxserve.simulator.workloads import Lengths, read_trace, sample_lengths
 
+MIN_CHUNK = 64
+"""Tokens that a prefill gets in any step, whatever its predicted time."""
 COST_MODELS = ("fitted", "table", "roofline")
 
 
@@ -109,6 +113,9 @@ class Experiment:
     num_pages: int | None = None
     buckets: tuple[int, ...] = ()
     stream_chunks: bool = False
+    step_time_s: float | None = None
+    """Chunks fill a step up to this predicted time, at most `token_budget` rows,
+    under policies that can follow it. None: up to `token_budget` rows."""
 
     def engine(self, policy: str) -> SimEngine:
         """Raises ConfigError for a policy that is not known or can't work so."""
@@ -125,4 +132,13 @@ class Experiment:
             ),
             cost=self.cost,
             num_stages=self.deployment.pipeline_parallel,
+            make_budget=self._make_budget(policy),
+        )
+
+    def _make_budget(self, policy: str) -> Callable[[], StepBudget] | None:
+        target_s = self.step_time_s
+        if target_s is None or not make_policy(policy).rules.sizes_chunks:
+            return None
+        return lambda: TimeBudget(
+            self.cost, target_s, max_rows=self.token_budget, min_chunk=MIN_CHUNK
         )

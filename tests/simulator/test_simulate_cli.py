@@ -59,6 +59,16 @@ def test_buckets_cost_more_than_exact_rows() -> None:
     assert exact <= two < 0.6 * one
 
 
+def test_a_time_budget_keeps_every_step_under_its_target() -> None:
+    arguments = ("run", "--qps", "0.8", "--num-requests", "40", "--token-budget", "2048")
+    timed, rows = (
+        call(*arguments, *extra)["runs"][0]["tbt_s"]["max"]
+        for extra in (("--step-time-ms", "120"), ())
+    )
+    assert timed <= 0.121
+    assert rows > 0.3
+
+
 def test_tables_for_people() -> None:
     for arguments in (
         ["cost", "--prefill-tokens", "64"],

@@ -15,6 +15,7 @@ import typer
 
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.cli.local_engine import local_engine
+from jaxserve.cli.sampling_options import check_options
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput
 from jaxserve.engine.sampling_params import SamplingParams
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 _CHAT = "Chat"
+_PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages", "chat.messages")
 Message = dict[str, str]
 
 
@@ -69,11 +71,11 @@ class EmbeddedAnswerer:
             prompt_token_ids=tuple(self._running.tokenizer.encode_chat(messages)),
             sampling=SamplingParams(**settings),
         )
-        self._running.engine.add(request, _QueueSink(outputs))
+        added = self._running.engine.add(request, _QueueSink(outputs))
         try:
             yield _until_finished(outputs)
         finally:
-            self._running.engine.abort(request_id)
+            self._running.engine.cancel(added)
 
 
 class _QueueSink:
@@ -143,7 +145,9 @@ class Conversation:
         try:
             self._stream(asked, pieces, times)
         except InvalidRequest as error:
-            typer.echo(f"\nnot answered: {error}. /reset starts anew.", err=True)
+            # A new conversation helps against a long one, not against a setting.
+            advice = "; /reset starts anew" if error.field in _PROMPT_FIELDS else ""
+            typer.echo(f"\nnot answered: {error}{advice}", err=True)
             return
         except KeyboardInterrupt:
             typer.echo(" [stopped]", nl=False)
@@ -239,6 +243,7 @@ def chat(
         "max_tokens": max_tokens,
         "seed": seed,
     }
+    check_options(settings)
     with _answerer(engine_config, server) as answerer:
         talk(Conversation(answerer, settings, system=system, stats=stats))
 

@@ -16,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.cli.local_engine import local_engine
+from jaxserve.cli.sampling_options import with_sampling_options
 from jaxserve.engine.config import EngineConfig
 from jaxserve.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from jaxserve.engine.offline import Completion
-    from jaxserve.engine.prompt_record import BadRecord
+    from jaxserve.engine.prompt_record import BadRecord, ParsedLine
     from jaxserve.engine.startup import RunningEngine
 
 app = typer.Typer(add_completion=False)
@@ -31,7 +32,6 @@ _MAX_BAD_LINES_SHOWN = 10
 _AHEAD_PER_SEQUENCE = 4
 
 _FILE = "Files"
-_SAMPLING = "Sampling"
 
 
 class OnError(StrEnum):
@@ -41,8 +41,10 @@ class OnError(StrEnum):
 
 @app.command()
 @with_engine_options
+@with_sampling_options
 def generate(
     engine_config: EngineConfig,
+    sampling: dict[str, Any],
     prompt: Annotated[str | None, typer.Argument(help="Text to answer or to go on from.")] = None,
     input: Annotated[
         Path | None,
@@ -84,72 +86,12 @@ def generate(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print a PROMPT's result as one JSON line.")
     ] = False,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0: always the likeliest token; higher: bolder.",
-            show_default="1.0",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Sample from the likeliest tokens with this total probability.",
-            show_default="1.0",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            help="Sample from the K likeliest tokens.",
-            show_default="all",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Drop tokens less likely than this fraction of the likeliest.",
-            show_default="0.0",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="The same seed gives the same text.",
-            show_default="random",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Most tokens to generate.",
-            show_default="to the end of the context",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="End before this text; may be given several times.", rich_help_panel=_SAMPLING
-        ),
-    ] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            help="Report the logprob of each token and of the N likeliest.",
-            metavar="N",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
 ) -> None:
     """Complete a prompt, or a file of prompts, without a server.
 
-    Sampling options hold for every line of a file that does not set its own.
+    Sampling options hold for every line of a file that does not set its own. A
+    line may also set logit_bias, allowed_token_ids, bad_token_ids, prompt_logprobs,
+    include_stop_str_in_output and skip_special_tokens.
 
     Examples:
 
@@ -157,17 +99,6 @@ def generate(
 
         jaxserve generate --input prompts.jsonl --output answers.jsonl --temperature 0
     """
-    flags = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "stop": stop or None,
-        "logprobs": logprobs,
-    }
-    sampling = {name: value for name, value in flags.items() if value is not None}
     if (prompt is None) == (input is None):
         raise ConfigError("give either a PROMPT or --input FILE")
     if prompt is not None:
@@ -178,12 +109,12 @@ def generate(
         return
     if output is None or input is None:
         raise ConfigError("--input needs --output FILE (- prints the results)")
-    lines = _read_lines(input)
+    lines = _parse(_read_lines(input), sampling, on_error)
     with (
         _open_output(output, overwrite=overwrite) as file,
         local_engine(engine_config) as running,
     ):
-        _complete_file(running, lines, file, sampling, chat=bool(chat), on_error=on_error)
+        _complete_file(running, lines, file, chat=bool(chat), on_error=on_error)
 
 
 def _complete_prompt(
@@ -232,11 +163,22 @@ def _print_logprobs(running: RunningEngine, completion: Completion) -> None:
         typer.echo(f"{token!r} {entry.logprob:.3f} (rank {entry.rank})  {others}".rstrip())
 
 
+def _parse(
+    lines: Sequence[str], sampling: dict[str, Any], on_error: OnError
+) -> list[ParsedLine | BadRecord]:
+    """Finds what can be found without a model, which takes seconds to load."""
+    from jaxserve.engine.prompt_record import BadRecord, parse_lines
+
+    parsed = list(parse_lines(lines, sampling_defaults=sampling))
+    if on_error is OnError.stop:
+        _refuse_bad_lines([line for line in parsed if isinstance(line, BadRecord)])
+    return parsed
+
+
 def _complete_file(
     running: RunningEngine,
-    lines: Sequence[str],
+    lines: Sequence[ParsedLine | BadRecord],
     file: IO[str],
-    sampling: dict[str, Any],
     *,
     chat: bool,
     on_error: OnError,
@@ -246,15 +188,11 @@ def _complete_file(
         BadRecord,
         PromptRecord,
         completion_record,
-        read_records,
+        encode_lines,
     )
 
     engine = running.engine
-    records = list(
-        read_records(
-            lines, running.tokenizer, engine.validate, sampling_defaults=sampling, chat=chat
-        )
-    )
+    records = list(encode_lines(lines, running.tokenizer, engine.validate, chat=chat))
     good = [record for record in records if isinstance(record, PromptRecord)]
     if on_error is OnError.stop:
         _refuse_bad_lines([record for record in records if isinstance(record, BadRecord)])

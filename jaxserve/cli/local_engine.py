@@ -10,6 +10,7 @@ from rich.console import Console
 
 from jaxserve.cli.pull import pull_with_progress
 from jaxserve.engine.config import EngineConfig
+from jaxserve.engine.hung_device import leave_hung_device
 from jaxserve.model_store import CATALOG
 
 if TYPE_CHECKING:
@@ -33,4 +34,6 @@ def local_engine(config: EngineConfig) -> Iterator[RunningEngine]:
     try:
         yield running
     finally:
+        if not running.engine.stop():
+            leave_hung_device()
         running.close()

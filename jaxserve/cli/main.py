@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,12 +91,34 @@ def is_user_error(error: Exception) -> bool:
     """Whether the message alone tells the user what to mend.
 
     `models` and `checkpoint` cannot import JaxserveError; their own subclasses
-    of ValueError mean the same. A plain ValueError is a defect of ours.
+    of ValueError mean the same, and so does an OSError from reading a model. A
+    plain ValueError is a defect of ours.
     """
     if isinstance(error, JaxserveError):
         return True
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, ValueError) and package in jaxserve.SIBLING_PACKAGES
+    if isinstance(error, ValueError) and package in jaxserve.SIBLING_PACKAGES:
+        return True
+    return isinstance(error, OSError) and _comes_from_model_files(error)
+
+
+def _comes_from_model_files(error: OSError) -> bool:
+    """Whether it was raised while a model was looked up or read: these modules
+    touch no other files. An OSError from anywhere else is a defect of ours."""
+    names = (
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    return any(
+        name.partition(".")[0] in jaxserve.SIBLING_PACKAGES or name == "jaxserve.model_store"
+        for name in names
+    )
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = error.filename or "a file of the model"
+        return f"{where} cannot be read: {error.strerror} (--model)"
+    return str(error)
 
 
 def main() -> None:
@@ -106,7 +129,7 @@ def main() -> None:
     except Exception as error:
         if not is_user_error(error):
             raise
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(f"error: {_message(error)}", fg=typer.colors.RED, err=True)
         sys.exit(2)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.request import GenerationRequest, RequestOutput
+from jaxserve.engine.request import GenerationRequest, Request, RequestOutput
 from jaxserve.errors import InvalidRequest, StreamTooSlow
 
 DEFAULT_MAX_BACKLOG_TOKENS = 4096
@@ -18,6 +18,7 @@ DEFAULT_MAX_BACKLOG_TOKENS = 4096
 class _Stream:
     """What has come in for one request and has not been read."""
 
+    request: Request
     outputs: deque[RequestOutput] = field(default_factory=deque)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     num_tokens: int = 0
@@ -65,7 +66,7 @@ class AsyncEngine:
         """Requests whose last output has not come in yet."""
         return len(self._streams)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Yields the request's outputs; the last one has a finish reason.
 
         The request starts with the first `anext`, which raises InvalidRequest,
@@ -77,9 +78,9 @@ class AsyncEngine:
             raise InvalidRequest(
                 "request_id", "a request with this id is running: choose another id"
             )
-        self.engine.add(request, self._sink)
         # Outputs are dispatched by this loop, so none is missed here.
-        stream = self._streams[request_id] = _Stream()
+        stream = _Stream(self.engine.add(request, self._sink))
+        self._streams[request_id] = stream
         finished = False
         try:
             while not finished:
@@ -93,7 +94,9 @@ class AsyncEngine:
                 yield output
         finally:
             if not finished:
-                self.engine.abort(request_id)
+                # Not by its id: the request may have ended, unread, and
+                # another one may have the id by now.
+                self.engine.cancel(stream.request)
 
     def dispatch(self, outputs: Sequence[RequestOutput]) -> None:
         """One step's outputs. Called on the event loop."""
@@ -105,7 +108,7 @@ class AsyncEngine:
             unread = output.finish_reason is None and stream.num_tokens > self._max_backlog_tokens
             if unread and not stream.too_slow:
                 stream.too_slow = True
-                self.engine.abort(output.request_id)
+                self.engine.cancel(stream.request)
 
 
 class _LoopSink:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.engine.detokenizer import DetokenizerFactory
 from jaxserve.engine.executor import Executor
+from jaxserve.engine.failure_log import log_failure
 from jaxserve.engine.inbox import Arrival, Inbox
 from jaxserve.engine.loop import Committed, EngineLoop
 from jaxserve.engine.metrics import EngineMetrics
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A step that is running must come to its end before a request can be cut short.
-_CUT_SHORT_TIMEOUT_S = 10.0
+# A step that is running must come to its end before a request can be cut short
+# and before the thread can end. A device that takes longer than this hangs.
+STEP_END_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,11 @@ class EngineSnapshot:
     """...those that were found."""
     num_steps: int
     last_step_age_s: float | None
-    """Since the last step completed; None before the first one. Large while
-    `num_running > 0` means that the device hangs."""
+    """Since the last step completed; None before the first one. Large after
+    an idle time too."""
+    step_in_flight_s: float | None
+    """How long the device has been at the step it works on; None when it has
+    none. Large means that it hangs."""
     mean_step_fill: float
     """Rows that carried a token, over rows computed; 0 before the first step."""
     compiles_after_ready: int
@@ -132,32 +137,36 @@ class Engine:
                 f"{room} of {self.max_model_len} (--max-model-len)",
             )
 
-    def add(self, request: GenerationRequest, sink: OutputSink) -> None:
+    def add(self, request: GenerationRequest, sink: OutputSink) -> Request:
         """Takes a request; its outputs go to `sink`, the last one with a reason.
 
-        Raises InvalidRequest, QueueFull or NotAccepting; then no output comes.
+        Returns the engine's record of it, for `cancel`. Raises InvalidRequest,
+        QueueFull or NotAccepting; then no output comes.
         """
         self.validate(request)
         sampling = request.sampling
         room = self.max_model_len - len(request.prompt_token_ids)
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
-        self._inbox.put(
-            Arrival(
-                Request(
-                    generation=request,
-                    max_tokens=max_tokens,
-                    seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-                    stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),
-                    arrival_s=self._clock(),
-                ),
-                sink,
-            )
+        record = Request(
+            generation=request,
+            max_tokens=max_tokens,
+            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),
+            arrival_s=self._clock(),
         )
+        self._inbox.put(Arrival(record, sink))
+        return record
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
-        """Ends a request within one step. False if it is not running."""
+        """Ends whichever request has this id, within one step. False if none
+        is running. Who added the request calls `cancel`."""
         return self._inbox.end(request_id, reason)
+
+    def cancel(self, request: Request) -> bool:
+        """Ends what `add` returned, within one step, and never another request
+        that has got its id since. False if it has ended already."""
+        return self._inbox.end_request(request, FinishReason.CANCELLED)
 
     def drain(self, timeout_s: float) -> bool:
         """Takes no more requests and waits until all have ended.
@@ -168,21 +177,27 @@ class Engine:
         if self._inbox.wait_until_none_live(timeout_s):
             return True
         self._inbox.end_all(FinishReason.CANCELLED)
-        self._inbox.wait_until_none_live(_CUT_SHORT_TIMEOUT_S)
+        self._inbox.wait_until_none_live(STEP_END_TIMEOUT_S)
         return False
 
-    def stop(self) -> None:
-        """Cancels what runs and ends the thread. Can be called twice."""
+    def stop(self, timeout_s: float = STEP_END_TIMEOUT_S) -> bool:
+        """Cancels what runs and ends the thread. Can be called twice.
+
+        False if the thread has not ended after `timeout_s`: the device hangs,
+        and a process that ends in the usual way may wait for it or crash.
+        """
         self._inbox.refuse("the engine has stopped: send the request elsewhere")
         self._inbox.stop()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def snapshot(self) -> EngineSnapshot:
         """May be called from any thread; the figures may be a step apart."""
         num_queued, num_queued_tokens = self._inbox.num_queued
         metrics, pages = self.metrics, self._scheduler.pages
         last_step_s, num_steps = metrics.last_step_s, metrics.num_steps
+        now_s = self._clock()
         return EngineSnapshot(
             accepting=self._inbox.accepting,
             failed=self._failed,
@@ -196,7 +211,8 @@ class Engine:
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
             prefix_cache_hits=self._scheduler.prefix_cache_hits,
             num_steps=num_steps,
-            last_step_age_s=None if last_step_s is None else self._clock() - last_step_s,
+            last_step_age_s=None if last_step_s is None else now_s - last_step_s,
+            step_in_flight_s=self._loop.step_in_flight_s(now_s),
             mean_step_fill=metrics.num_step_tokens / max(1, metrics.num_step_rows),
             compiles_after_ready=self._count_compiles(),
         )
@@ -210,8 +226,8 @@ class Engine:
             self._loop.emit(committed)
             self._loop.end_all(FinishReason.CANCELLED)
             self._loop.finish_in_flight()
-        except Exception:
+        except Exception as error:
             self._failed = True
-            logger.exception("the engine failed and takes no more requests")
+            log_failure(logger, "the engine failed and takes no more requests", error)
             self._inbox.refuse("the engine has failed: restart it; the log says why")
             self._loop.fail_all()

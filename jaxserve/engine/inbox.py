@@ -23,7 +23,8 @@ class Mail:
 
     arrivals: tuple[Arrival, ...]
     ends: tuple[tuple[str, FinishReason], ...]
-    """Requests to end, by id, from outside a step."""
+    """Requests to end, by id, from outside a step: those that have the id when
+    the mail is taken. An end never outlives the request it was meant for."""
 
 
 class Inbox:
@@ -40,7 +41,7 @@ class Inbox:
         self._arrivals: list[Arrival] = []
         self._num_arrival_tokens = 0
         self._ends: list[tuple[str, FinishReason]] = []
-        self._live: set[str] = set()
+        self._live: dict[str, Request] = {}
         self._delivering = False
         self._num_waiting = 0
         self._num_waiting_tokens = 0
@@ -75,7 +76,7 @@ class Inbox:
                     "request_id", "a request with this id is running: choose another id"
                 )
             self._check_room(request.num_prompt_tokens)
-            self._live.add(request.request_id)
+            self._live[request.request_id] = request
             self._arrivals.append(arrival)
             self._num_arrival_tokens += request.num_prompt_tokens
             self._changed.notify_all()
@@ -96,13 +97,23 @@ class Inbox:
             )
 
     def end(self, request_id: str, reason: FinishReason) -> bool:
-        """Asks for a request's end; False if no such request is live."""
+        """Asks for the end of whichever request has this id; False if none is
+        live."""
         with self._changed:
-            if request_id not in self._live:
-                return False
-            self._ends.append((request_id, reason))
-            self._changed.notify_all()
-            return True
+            request = self._live.get(request_id)
+            return request is not None and self._end_live(request, reason)
+
+    def end_request(self, request: Request, reason: FinishReason) -> bool:
+        """Asks for the end of this very request; False if it is not live, also
+        when another one has got its id since."""
+        with self._changed:
+            is_live = self._live.get(request.request_id) is request
+            return is_live and self._end_live(request, reason)
+
+    def _end_live(self, request: Request, reason: FinishReason) -> bool:
+        self._ends.append((request.request_id, reason))
+        self._changed.notify_all()
+        return True
 
     def end_all(self, reason: FinishReason) -> None:
         with self._changed:
@@ -155,7 +166,11 @@ class Inbox:
         """The last outputs of these requests are about to be delivered; who
         gets one may use the id again at once."""
         with self._changed:
-            self._live.difference_update(request_ids)
+            for request_id in request_ids:
+                self._live.pop(request_id, None)
+            # These were meant for the request that has just ended.
+            released = set(request_ids)
+            self._ends = [end for end in self._ends if end[0] not in released]
             self._delivering = True
 
     def delivered(self) -> None:

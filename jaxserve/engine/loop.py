@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxserve.engine.executor import Executor
+from jaxserve.engine.failure_log import log_failure
 from jaxserve.engine.inbox import Arrival, Mail
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import Addressed, OutputSink
@@ -112,6 +113,16 @@ class EngineLoop:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
+    def step_in_flight_s(self, now_s: float) -> float | None:
+        """How long the device has been at its oldest step; None when it has
+        none. May be called from any thread."""
+        try:
+            submitted_s = self._in_flight[0].submitted_s
+        except IndexError:
+            return None
+        # A step that was submitted early began when the one before it ended.
+        return now_s - max(submitted_s, self._last_completed_s)
+
     def turn(self, committed: Committed | None) -> Committed | None:
         """Feeds the device, emits `committed`, and returns the next committed
         step; None when nothing is in flight, or when mail came first."""
@@ -181,8 +192,8 @@ class EngineLoop:
             outputs = [one.output for one in batch]
             try:
                 batch[0].sink.deliver(outputs)
-            except Exception:
-                logger.exception("an output sink failed; its requests are cancelled")
+            except Exception as error:
+                log_failure(logger, "an output sink failed; its requests are cancelled", error)
                 for output in outputs:
                     if output.finish_reason is None:
                         self._end(output.request_id, FinishReason.CANCELLED)
@@ -247,8 +258,9 @@ class EngineLoop:
                 break
             now_s = self._clock()
             host_gap_s = 0.0 if self._in_flight else now_s - self._device_idle_since_s
-            self._executor.submit(plan)
+            # Before the call: a device that hangs may do so in there.
             self._in_flight.append(_InFlight(plan, now_s, host_gap_s))
+            self._executor.submit(plan)
         self._arrivals.publish_waiting(
             self._scheduler.num_waiting + len(self._backlog),
             self._scheduler.num_waiting_tokens
@@ -259,9 +271,11 @@ class EngineLoop:
         waited_from_s = self._clock()
         plan, results = self._executor.next_completion()
         now_s = self._clock()
-        step = self._in_flight.popleft()
+        step = self._in_flight[0]
         started_s = max(step.submitted_s, self._last_completed_s)
+        # In this order, other threads never see the next step without its start.
         self._last_completed_s = self._device_idle_since_s = now_s
+        self._in_flight.popleft()
         self._can_plan = True
         updates = self._scheduler.commit(plan, results, now_s)
         self._metrics.observe_step(
@@ -281,8 +295,8 @@ class EngineLoop:
         request_id = update.request.request_id
         try:
             addressed = self._outputs.update(update, now_s)
-        except Exception:
-            logger.exception("request %r failed on the output side", request_id)
+        except Exception as error:
+            log_failure(logger, f"request {request_id!r} failed on the output side", error)
             self._end(request_id, FinishReason.ERROR)
             return None
         if addressed is None or addressed.output.finish_reason is None:
@@ -296,6 +310,6 @@ class EngineLoop:
         now_s = self._clock()
         try:
             return self._outputs.end(request_id, reason, now_s)
-        except Exception:
-            logger.exception("request %r failed on the output side", request_id)
+        except Exception as error:
+            log_failure(logger, f"request {request_id!r} failed on the output side", error)
             return self._outputs.end(request_id, FinishReason.ERROR, now_s)

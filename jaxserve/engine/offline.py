@@ -11,6 +11,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.request import (
     FinishReason,
     GenerationRequest,
+    Request,
     RequestOutput,
     TokenLogprobs,
     Usage,
@@ -49,7 +50,7 @@ class QueueSink:
 def stream(engine: Engine, request: GenerationRequest) -> Iterator[RequestOutput]:
     """The outputs of one request. Leaving early aborts it."""
     sink = QueueSink()
-    engine.add(request, sink)
+    added = engine.add(request, sink)
     finished = False
     try:
         while not finished:
@@ -58,7 +59,7 @@ def stream(engine: Engine, request: GenerationRequest) -> Iterator[RequestOutput
                 yield output
     finally:
         if not finished:
-            engine.abort(request.request_id)
+            engine.cancel(added)
 
 
 def complete_in_order(
@@ -74,6 +75,7 @@ def complete_in_order(
     source = iter(requests)
     held_back: GenerationRequest | None = None
     ahead: deque[str] = deque()
+    added: dict[str, Request] = {}
     outputs: dict[str, list[RequestOutput]] = {}
     done: dict[str, Completion] = {}
     try:
@@ -84,7 +86,7 @@ def complete_in_order(
                 if request is None:
                     break
                 try:
-                    engine.add(request, sink)
+                    added[request.request_id] = engine.add(request, sink)
                 except QueueFull:
                     if not outputs:  # Others fill the queue: waiting here could be for ever.
                         raise
@@ -99,11 +101,12 @@ def complete_in_order(
                 outputs[request_id].append(output)
                 if output.finish_reason is not None:
                     done[request_id] = join_outputs(outputs.pop(request_id))
+                    del added[request_id]
             while ahead and ahead[0] in done:
                 yield done.pop(ahead.popleft())
     finally:
-        for request_id in outputs:
-            engine.abort(request_id)
+        for record in added.values():
+            engine.cancel(record)
 
 
 def join_outputs(outputs: Sequence[RequestOutput]) -> Completion:

@@ -9,13 +9,28 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxserve.engine.offline import Completion
 from jaxserve.engine.request import GenerationRequest, TokenLogprobs
-from jaxserve.engine.sampling_json import SAMPLING_FIELDS, sampling_from_json
+from jaxserve.engine.sampling_json import SAMPLING_FIELDS, checked_sampling
+from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
 
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedLine:
+    """A line that is well formed, whatever the model."""
+
+    line_number: int
+    id: str | int
+    """As the file has it; its line number if it has none."""
+    kind: str
+    """Which of PROMPT_FIELDS the line has."""
+    prompt: Any
+    """A text, token ids or messages, as `kind` says."""
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +48,13 @@ class BadRecord:
     error: InvalidRequest
 
 
-def read_records(
-    lines: Iterable[str],
-    tokenizer: Tokenizer,
-    validate: Callable[[GenerationRequest], None],
-    *,
-    sampling_defaults: Mapping[str, Any],
-    chat: bool = False,
-) -> Iterator[PromptRecord | BadRecord]:
-    """Reads JSON lines; empty ones are skipped.
+def parse_lines(
+    lines: Iterable[str], *, sampling_defaults: Mapping[str, Any]
+) -> Iterator[ParsedLine | BadRecord]:
+    """Reads JSON lines as far as no model is needed; empty ones are skipped.
 
     Args:
-        validate: raises InvalidRequest for what the engine cannot serve.
         sampling_defaults: sampling fields as in JSON, for lines without them.
-        chat: puts a `prompt` through the chat template, as the user's message.
     """
     for line_number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -56,22 +64,57 @@ def read_records(
             values = _parse_object(line)
             record_id = _take_id(values, line_number)
             sampling = {k: values.pop(k) for k in SAMPLING_FIELDS if k in values}
-            token_ids = _take_prompt(values, tokenizer, chat=chat)
+            kind, prompt = _take_prompt(values)
             if values:
                 raise InvalidRequest(
                     next(iter(values)),
                     f"is unknown; fields are id, {', '.join(PROMPT_FIELDS)} and those of sampling",
                 )
-            request = GenerationRequest(
-                f"line-{line_number}",
-                token_ids,
-                sampling_from_json({**sampling_defaults, **sampling}),
-            )
-            validate(request)
+            params = checked_sampling({**sampling_defaults, **sampling})
         except InvalidRequest as error:
             yield BadRecord(line_number, record_id, error)
         else:
-            yield PromptRecord(line_number, record_id, request)
+            yield ParsedLine(line_number, record_id, kind, prompt, params)
+
+
+def encode_lines(
+    lines: Iterable[ParsedLine | BadRecord],
+    tokenizer: Tokenizer,
+    validate: Callable[[GenerationRequest], None],
+    *,
+    chat: bool = False,
+) -> Iterator[PromptRecord | BadRecord]:
+    """Makes requests of parsed lines; bad ones stay as they are.
+
+    Args:
+        validate: raises InvalidRequest for what the engine cannot serve.
+        chat: puts a `prompt` through the chat template, as the user's message.
+    """
+    for line in lines:
+        if isinstance(line, BadRecord):
+            yield line
+            continue
+        try:
+            token_ids = _encode(line, tokenizer, chat=chat)
+            request = GenerationRequest(f"line-{line.line_number}", token_ids, line.sampling)
+            validate(request)
+        except InvalidRequest as error:
+            yield BadRecord(line.line_number, line.id, error)
+        else:
+            yield PromptRecord(line.line_number, line.id, request)
+
+
+def read_records(
+    lines: Iterable[str],
+    tokenizer: Tokenizer,
+    validate: Callable[[GenerationRequest], None],
+    *,
+    sampling_defaults: Mapping[str, Any],
+    chat: bool = False,
+) -> Iterator[PromptRecord | BadRecord]:
+    """`parse_lines` and `encode_lines` in one, for who has a model already."""
+    parsed = parse_lines(lines, sampling_defaults=sampling_defaults)
+    return encode_lines(parsed, tokenizer, validate, chat=chat)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, *, chat: bool) -> tuple[int, ...]:
@@ -147,24 +190,39 @@ def _take_id(values: dict[str, Any], line_number: int) -> str | int:
     return record_id
 
 
-def _take_prompt(values: dict[str, Any], tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+def _take_prompt(values: dict[str, Any]) -> tuple[str, Any]:
+    """The member of PROMPT_FIELDS that the line has, and its checked value."""
     given = [name for name in PROMPT_FIELDS if values.get(name) is not None]
     if len(given) != 1:
         raise InvalidRequest("prompt", f"give exactly one of {', '.join(PROMPT_FIELDS)}")
-    prompt = {name: values.pop(name, None) for name in PROMPT_FIELDS}[given[0]]
-    if given[0] == "prompt":
+    kind = given[0]
+    prompt = {name: values.pop(name, None) for name in PROMPT_FIELDS}[kind]
+    if kind == "prompt":
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt", "must be a string")
-        return encode_prompt(tokenizer, prompt, chat=chat)
-    if not isinstance(prompt, list):
-        raise InvalidRequest(given[0], "must be a list")
-    if given[0] == "prompt_token_ids":
+    elif not isinstance(prompt, list):
+        raise InvalidRequest(kind, "must be a list")
+    elif not prompt:
+        raise InvalidRequest(kind, "must not be empty")
+    elif kind == "prompt_token_ids":
         if any(isinstance(item, bool) or not isinstance(item, int) for item in prompt):
             raise InvalidRequest("prompt_token_ids", "must be whole numbers")
-        return tuple(prompt)
-    for message in prompt:
+    else:
+        _check_messages(prompt)
+    return kind, prompt
+
+
+def _check_messages(messages: list[Any]) -> None:
+    for message in messages:
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise InvalidRequest("messages", 'each must be {"role": …, "content": …}')
         if not all(isinstance(part, str) for part in message.values()):
             raise InvalidRequest("messages", "role and content must be strings")
-    return encode_messages(tokenizer, prompt)
+
+
+def _encode(line: ParsedLine, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+    if line.kind == "prompt":
+        return encode_prompt(tokenizer, line.prompt, chat=chat)
+    if line.kind == "messages":
+        return encode_messages(tokenizer, line.prompt)
+    return tuple(line.prompt)

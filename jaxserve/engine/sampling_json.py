@@ -12,6 +12,9 @@ from jaxserve.errors import InvalidRequest
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))
 """Names that `sampling_from_json` understands: those of SamplingParams."""
 
+ANY_VOCAB_SIZE = 2**31 - 1
+"""No model has more token ids, which are int32."""
+
 
 def sampling_from_json(values: Mapping[str, Any]) -> SamplingParams:
     """SamplingParams of a decoded JSON object; `null` is the same as absent.
@@ -29,6 +32,13 @@ def sampling_from_json(values: Mapping[str, Any]) -> SamplingParams:
         if value is not None:
             parsed[name] = parse(name, value)
     return SamplingParams(**parsed)
+
+
+def checked_sampling(values: Mapping[str, Any]) -> SamplingParams:
+    """The same, with every bound checked that holds for any vocabulary."""
+    sampling = sampling_from_json(values)
+    sampling.validate(vocab_size=ANY_VOCAB_SIZE)
+    return sampling
 
 
 def _integer(name: str, value: Any) -> int:

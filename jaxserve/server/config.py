@@ -35,7 +35,7 @@ class ServerConfig:
     max_connection_age_s: float | None = None
     """Close connections after this time, so that clients balance anew."""
     degraded_after_s: float = 60.0
-    """Requests run, but no step has completed for this long: not healthy."""
+    """A device that is at one step for this long is not healthy."""
 
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):

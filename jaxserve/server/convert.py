@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -162,7 +164,7 @@ def sampling_params(request: pb.GenerateRequest) -> SamplingParams:
     values are checked by `SamplingParams.validate`."""
     return SamplingParams(
         **{
-            field.name: _plain(field.name, value)
+            field.name: _plain(field, value)
             for group in SETTING_GROUPS
             # ListFields tells "present and 0" from "absent".
             for field, value in getattr(request, group).ListFields()
@@ -170,11 +172,15 @@ def sampling_params(request: pb.GenerateRequest) -> SamplingParams:
     )
 
 
-def _plain(name: str, value: Any) -> Any:
-    if name == "logit_bias":
+def _plain(field: FieldDescriptor, value: Any) -> Any:
+    if field.name == "logit_bias":
         return tuple((entry.token_id, entry.bias) for entry in value)
-    if name == "allowed_token_ids":
+    if field.name == "allowed_token_ids":
         return tuple(value.ids)
+    if field.type == FieldDescriptor.TYPE_FLOAT:
+        # The number that the client wrote: 0.01 is no float32, and the nearest
+        # one would be below a bound of 0.01.
+        return float(str(np.float32(value)))
     is_scalar = isinstance(value, bool | int | float | str)
     return value if is_scalar else tuple(value)
 

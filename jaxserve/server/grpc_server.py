@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import Executor
 from typing import Any
 
@@ -10,13 +11,13 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from jaxserve.errors import ConfigError
 from jaxserve.proto.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.control_servicer import ControlServicer
 from jaxserve.server.health import HealthReporter
 from jaxserve.server.inference_servicer import InferenceServicer
 from jaxserve.server.malformed import RefuseMalformed
+from jaxserve.server.ports import check_can_listen, listen_error
 from jaxserve.server.state import ServerState
 
 KEEPALIVE_S = 60
@@ -67,19 +68,14 @@ def create_grpc_server(
             reflection.SERVICE_NAME,
         ]
         reflection.enable_server_reflection(names, server)
+    check_can_listen("--grpc-port", config.host, config.grpc_port)
     host = f"[{config.host}]" if ":" in config.host else config.host
     try:
         port = server.add_insecure_port(f"{host}:{config.grpc_port}")
-    except RuntimeError as error:
-        raise ConfigError(port_message("--grpc-port", config.host, config.grpc_port)) from error
+    except RuntimeError as error:  # Taken since it was looked at, most likely.
+        taken = OSError(errno.EADDRINUSE, "")
+        raise listen_error("--grpc-port", config.host, config.grpc_port, taken) from error
     return server, port
-
-
-def port_message(flag: str, host: str, port: int) -> str:
-    return (
-        f"cannot listen on {host}:{port}: another program uses the port, or the address is not "
-        f"this machine's. Choose another with {flag} (0: any free port) or --host"
-    )
 
 
 _SERVICES = (

@@ -38,8 +38,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = await self._accept(request, serving, request_id, context)
             await self._stream(generation, serving, context)
         except InvalidRequest as error:
+            self._state.note_refusal(error)
             await end_with_status(context, _in_client_words(error, request))
         except Exception as error:
+            self._state.note_refusal(error)
             await end_with_status(context, error, request_id)
 
     async def Tokenize(  # noqa: N802
@@ -95,7 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         request_id = generation.request_id
         await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-        async with aclosing(serving.async_engine.generate(generation)) as outputs:  # type: ignore[type-var]
+        async with aclosing(serving.async_engine.generate(generation)) as outputs:
             async for output in outputs:
                 if output.finish_reason is FinishReason.ERROR:
                     await abort_internal(context, request_id)

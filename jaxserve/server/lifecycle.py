@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.engine.hung_device import leave_hung_device
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.convert import PromptLimits
 from jaxserve.server.grpc_server import create_grpc_server
@@ -80,12 +81,16 @@ class Server:
         await self._grpc.stop(grace=FLUSH_GRACE_S)
         return drained
 
-    async def stop(self) -> None:
-        """Ends everything at once, the engine included. Can be called twice."""
+    async def stop(self) -> bool:
+        """Ends everything at once, the engine included. Can be called twice.
+
+        False when the engine's thread cannot be ended, since the device hangs.
+        """
         self.state.draining = True
         await self._cleanup.aclose()
-        if self.state.serving is not None:
-            await asyncio.to_thread(self.state.serving.engine.stop)
+        if self.state.serving is None:
+            return True
+        return await asyncio.to_thread(self.state.serving.engine.stop)
 
 
 def serving_of(running: RunningEngine) -> Serving:
@@ -132,6 +137,7 @@ async def run_until_signal(
 
     Returns:
         Whether every request came to its own end. Raises what `start` raises.
+        Does not return, but ends the process with code 1, when the device hangs.
     """
     signalled = _catch_signals()
     await server.start()
@@ -151,7 +157,8 @@ async def run_until_signal(
         on_drain()
         return await server.drain()
     finally:
-        await server.stop()
+        if not await server.stop():
+            leave_hung_device()
 
 
 def _catch_signals() -> asyncio.Event:

@@ -24,9 +24,8 @@ from prometheus_client.metrics_core import Metric
 
 import jaxserve
 from jaxserve.engine.metrics import Histogram
-from jaxserve.errors import ConfigError
-from jaxserve.server.grpc_server import port_message
-from jaxserve.server.state import Phase, ServerState, Serving
+from jaxserve.server.ports import listen_error
+from jaxserve.server.state import Phase, Refusal, ServerState, Serving
 
 REQUEST_TIMEOUT_S = 10.0
 """A client that sends nothing holds a thread no longer than this."""
@@ -59,6 +58,14 @@ class EngineCollector:
         yield _gauge("ready", "1 when new requests are served", state.phase is Phase.READY)
         if state.serving is not None:
             yield from _engine_metrics(state.serving)
+        refused = CounterMetricFamily(
+            "jaxserve_requests_refused",
+            "Requests that were not taken, by reason",
+            labels=["reason"],
+        )
+        for reason in Refusal:
+            refused.add_metric([reason.value], state.num_refused[reason])
+        yield refused
 
 
 def _engine_metrics(serving: Serving) -> Iterator[Metric]:
@@ -88,6 +95,11 @@ def _engine_metrics(serving: Serving) -> Iterator[Metric]:
     )
     if load.last_step_age_s is not None:
         yield _gauge("last_step_age_seconds", "Since the last step", load.last_step_age_s)
+    yield _gauge(
+        "step_in_flight_seconds",
+        "How long the device has been at its step; large when it hangs, 0 when it has none",
+        load.step_in_flight_s or 0.0,
+    )
     yield _counter("num_preemptions", "Requests that lost their pages", load.num_preemptions)
     yield _counter("steps", "Completed steps", load.num_steps)
     yield _counter("prompt_tokens", "Prompt tokens processed", metrics.num_prompt_tokens)
@@ -151,7 +163,7 @@ class MetricsServer:
                 host, port, _application(state, registry), server_class, _Handler
             )
         except OSError as error:
-            raise ConfigError(port_message("--http-port", host, port)) from error
+            raise listen_error("--http-port", host, port, error) from error
         self.port: int = self._server.server_port
         self._thread = threading.Thread(
             target=self._server.serve_forever,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from jaxserve.errors import NotAccepting
+from jaxserve.errors import InvalidRequest, NotAccepting, QueueFull
 from jaxserve.server.convert import PromptLimits
 
 if TYPE_CHECKING:
@@ -22,9 +22,25 @@ class Phase(StrEnum):
     """The model loads and the steps compile."""
     READY = "ready"
     DEGRADED = "degraded"
-    """The engine failed, or requests run but no step completes."""
+    """The engine failed, or the device does not come to the end of a step."""
     DRAINING = "draining"
     """Running requests finish; new ones are refused."""
+
+
+class Refusal(StrEnum):
+    """Why a request was not taken."""
+
+    INVALID = "invalid"
+    QUEUE_FULL = "queue_full"
+    NOT_ACCEPTING = "not_accepting"
+    """The server starts or drains, or its engine has failed."""
+
+
+_REFUSALS = {
+    InvalidRequest: Refusal.INVALID,
+    QueueFull: Refusal.QUEUE_FULL,
+    NotAccepting: Refusal.NOT_ACCEPTING,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +76,15 @@ class Serving:
 
 @dataclass(slots=True)
 class ServerState:
-    """Changed by the lifecycle alone, on the event loop; read by any thread."""
+    """Changed on the event loop alone; read by any thread."""
 
     degraded_after_s: float
     clock: Callable[[], float] = time.monotonic
     """The engine's clock, so that deadlines mean the same to both."""
     serving: Serving | None = None
     draining: bool = False
+    num_refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
+    """Requests to Generate that were not taken."""
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,8 +114,13 @@ class ServerState:
             raise NotAccepting("the server is draining: use another one")
         return self.require_serving()
 
+    def note_refusal(self, error: Exception) -> None:
+        """Counts an error that refused a request; others are not refusals."""
+        reason = _REFUSALS.get(type(error))
+        if reason is not None:
+            self.num_refused[reason] += 1
+
     def _is_stuck(self, serving: Serving) -> bool:
         load = serving.engine.snapshot()
-        age_s = load.last_step_age_s
-        is_late = age_s is not None and age_s > self.degraded_after_s
-        return load.failed or (load.num_running > 0 and is_late)
+        step_s = load.step_in_flight_s
+        return load.failed or (step_s is not None and step_s > self.degraded_after_s)

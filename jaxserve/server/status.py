@@ -7,12 +7,12 @@ it, or a constant text with the request's id; never another exception's text.
 from __future__ import annotations
 
 import logging
-import traceback
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
+from jaxserve.engine.failure_log import log_failure
 from jaxserve.errors import InvalidRequest, NotAccepting, QueueFull, StreamTooSlow
 from jaxserve.server.metadata import FIELD_KEY, RETRY_KEY
 
@@ -37,7 +37,7 @@ async def end_with_status(context: Context, error: Exception, request_id: str = 
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
     if isinstance(error, grpc.aio.AbortError | grpc.aio.UsageError):
         raise error  # It has a status already, or the peer is gone.
-    log_failure(error, request_id)
+    log_failure(_log, f"request {request_id} failed", error)
     await abort_internal(context, request_id)
 
 
@@ -45,10 +45,3 @@ async def abort_internal(context: Context, request_id: str) -> NoReturn:
     await context.abort(
         grpc.StatusCode.INTERNAL, f"the server failed on this request (request id {request_id})"
     )
-
-
-def log_failure(error: Exception, request_id: str) -> None:
-    """Logs where it failed, but not the exception's text: that may hold a
-    piece of the prompt."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    _log.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)

@@ -45,6 +45,7 @@ class HashExecutor:
         self.plans: list[StepPlan] = []
         self.calls: list[str] = []
         self.fail_at_step: int | None = None
+        self.failure = "the device is gone"
         self._token_of = token_of
         self._slots: dict[int, SlotLoad] = {}
         self._in_flight: deque[tuple[StepPlan, StepResults]] = deque()
@@ -55,7 +56,7 @@ class HashExecutor:
     def submit(self, plan: StepPlan) -> None:
         assert self.can_accept()
         if self.fail_at_step is not None and len(self.plans) >= self.fail_at_step:
-            raise RuntimeError("the device is gone")
+            raise RuntimeError(self.failure)
         self.plans.append(plan)
         self.calls.append(f"submit {plan.step_id}")
         for load in plan.slot_loads:

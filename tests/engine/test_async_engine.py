@@ -75,6 +75,22 @@ def test_leaving_early_aborts_and_frees_the_pages() -> None:
     asyncio.run(main())
 
 
+def test_leaving_a_stream_that_has_ended_unread_spares_the_next_one_of_that_id() -> None:
+    async def main() -> None:
+        async with running(step_s=0.002) as streams:
+            old = streams.generate(request("a", max_tokens=4))
+            await anext(old)
+            await until_no_streams(streams)  # Ended, but its last outputs are unread.
+            new = streams.generate(request("a", max_tokens=60))
+            await anext(new)
+            await old.aclose()
+            rest = [output async for output in new]
+            assert rest[-1].finish_reason is FinishReason.LENGTH
+            assert streams.engine.metrics.num_finished[FinishReason.CANCELLED] == 0
+
+    asyncio.run(main())
+
+
 def test_cancelling_the_reading_task_aborts() -> None:
     async def main() -> None:
         async with running(step_s=0.002) as streams:

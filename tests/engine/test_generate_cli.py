@@ -123,6 +123,65 @@ def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
     assert read_lines(existing) == [{"keep": "me"}]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--temperature", -1), r"--temperature must be in \[0.0, 100.0\], not -1.0"),
+        (("--top-p", 0), "--top-p must be in"),
+        (("--repetition-penalty", 0), "--repetition-penalty must be in"),
+        (("--presence-penalty", 3), "--presence-penalty must be in"),
+        (("--frequency-penalty", -3), "--frequency-penalty must be in"),
+        (("--max-tokens", 2, "--min-tokens", 3), "--min-tokens must be at most max_tokens"),
+        (("--stop", ""), "--stop a stop string must not be empty"),
+        (("--stop-token-ids", -1), "--stop-token-ids token id -1"),
+    ],
+)
+def test_options_out_of_bounds_are_told_before_a_model_is_loaded(
+    flags: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run("hi", *flags, "--model", "never-loaded")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "a", "top_p": 5}, "line 2: top_p: must be in"),
+        ({"prompt": "a", "temprature": 1}, "line 2: temprature: is unknown"),
+        ({"prompt_token_ids": []}, "line 2: prompt_token_ids: must not be empty"),
+        ({"messages": []}, "line 2: messages: must not be empty"),
+        ([1], "line 2: line: "),
+    ],
+)
+def test_bad_lines_are_told_before_a_model_is_loaded(
+    tmp_path: Path, line: object, message: str
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"}, line)
+    with pytest.raises(InvalidRequest, match=message):
+        run("--input", source, "--output", tmp_path / "out", "--model", "never-loaded")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_options_reach_the_sampler(engine_options: list[str]) -> None:
+    def complete(*flags: Any) -> dict[str, Any]:
+        result = run("hi", "--json", "--temperature", 0, *flags, *engine_options)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    plain = complete("--max-tokens", 6, "--ignore-eos")["token_ids"]
+    assert len(plain) == 6
+    stopped = complete("--stop-token-ids", plain[1], "--stop-token-ids", 3, "--max-tokens", 6)
+    assert stopped["token_ids"] == plain[: plain.index(plain[1]) + 1]
+    assert stopped["finish_reason"] == "stop"
+    held_off = complete("--stop-token-ids", plain[1], "--min-tokens", 4, "--max-tokens", 6)
+    assert len(held_off["token_ids"]) >= 4
+    penalised = complete(
+        *("--repetition-penalty", 100, "--presence-penalty", 2, "--frequency-penalty", 2),
+        *("--max-tokens", 6, "--ignore-eos"),
+    )["token_ids"]
+    assert len(set(penalised)) == 6
+
+
 def test_a_failed_start_leaves_the_old_output_alone(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "a"})
     existing = write_lines(tmp_path / "out.jsonl", {"keep": "me"})

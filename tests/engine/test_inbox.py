@@ -38,6 +38,25 @@ def test_an_id_is_live_from_put_to_release_and_gone_after_delivery() -> None:
     assert inbox.wait_until_none_live(0.0)
 
 
+def test_an_end_never_outlives_the_request_it_was_meant_for() -> None:
+    inbox = Inbox(max_queued_requests=9, max_queued_tokens=100)
+    first, other, second = arrival("a"), arrival("b"), arrival("a")
+    inbox.put(first)
+    inbox.put(other)
+    inbox.take()
+    assert inbox.end("a", FinishReason.CANCELLED)
+    assert inbox.end_request(first.request, FinishReason.CANCELLED)
+    assert inbox.end_request(other.request, FinishReason.CANCELLED)
+    inbox.release(["a"])
+    inbox.put(second)
+    assert not inbox.end_request(first.request, FinishReason.CANCELLED)
+    mail = inbox.take()
+    assert mail.arrivals == (second,)
+    assert mail.ends == (("b", FinishReason.CANCELLED),)
+    assert inbox.end_request(second.request, FinishReason.CANCELLED)
+    assert inbox.take().ends == (("a", FinishReason.CANCELLED),)
+
+
 def test_a_refused_request_leaves_no_trace() -> None:
     inbox = Inbox(max_queued_requests=1, max_queued_tokens=100)
     inbox.put(arrival("a"))

@@ -15,8 +15,8 @@ def make_service() -> Iterator[Callable[..., Service]]:
     """A function that starts services; all are stopped at the end."""
     services: list[Service] = []
 
-    def make(*, ready: bool = True, reflection: bool = False, **limits: Any) -> Service:
-        service = start_service(reflection=reflection, **limits)
+    def make(*, ready: bool = True, **options: Any) -> Service:
+        service = start_service(**options)
         services.append(service)
         if ready:
             service.make_ready()

@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +88,7 @@ class ScriptedExecutor:
         self.gate.set()
         self.step_s = 0.0
         self.fails = False
+        self.failure = "the secret prompt broke the device"
         self.plans: list[StepPlan] = []
         self._in_flight: deque[StepPlan] = deque()
         self._ids = [tokenizer.encode(letter)[0] for letter in TEXT]
@@ -105,7 +107,7 @@ class ScriptedExecutor:
         time.sleep(self.step_s)
         self.gate.wait()
         if self.fails:
-            raise RuntimeError("the secret prompt broke the device")
+            raise RuntimeError(self.failure)
         rows = list(plan.sample_rows())
         ids = [self._ids[(row.position + 1) % len(TEXT)] for row in rows]
         ids = [row.target if row.target >= 0 else ids[i] for i, row in enumerate(rows)]
@@ -203,6 +205,16 @@ def _card(config: SchedulerConfig) -> ModelCard:
     )
 
 
+class SetClock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def start_server_loop(*, reflection: bool = False) -> tuple[Server, asyncio.AbstractEventLoop]:
     """A server that answers on free ports, and the event loop it runs on."""
     loop = asyncio.new_event_loop()
@@ -212,13 +224,16 @@ def start_server_loop(*, reflection: bool = False) -> tuple[Server, asyncio.Abst
     return server, loop
 
 
-def start_service(*, reflection: bool, **limits: Any) -> Service:
+def start_service(
+    *, reflection: bool = False, clock: Callable[[], float] = time.monotonic, **limits: Any
+) -> Service:
     """A service whose ports answer; `make_ready` hands it the engine."""
     tokenizer = byte_tokenizer()
     scheduler = Scheduler(replace(SCHEDULER_CONFIG, **limits))
     executor = ScriptedExecutor(tokenizer)
-    engine = Engine(scheduler, executor, tokenizer, MODEL_CONFIG)
+    engine = Engine(scheduler, executor, tokenizer, MODEL_CONFIG, clock=clock)
     server, loop = start_server_loop(reflection=reflection)
+    server.state.clock = clock
     engine.start()
     client = Client(f"127.0.0.1:{server.grpc_port}")
     return Service(server, client, engine, scheduler, executor, loop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import urllib.error
 import urllib.request
 
@@ -14,12 +15,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from prometheus_client.parser import text_string_to_metric_families
 
 import jaxserve
-from jaxserve.errors import ConfigError, NotAccepting
+from jaxserve.errors import ConfigError, InvalidRequest, NotAccepting, QueueFull
 from jaxserve.proto.v1 import control_pb2
 from jaxserve.server import convert
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.lifecycle import Server
-from tests.server.scripted_service import wait_for
+from jaxserve.server.ports import listen_error
+from jaxserve.server.state import Phase
+from tests.server.scripted_service import SetClock, wait_for
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -98,15 +101,68 @@ def test_health_by_service_and_watch(make_service):
 
 def test_a_stuck_engine_is_degraded(service):
     service.server.state.degraded_after_s = 0.2
-    list(service.client.generate("x", max_tokens=2))
-    service.executor.gate.clear()
+    service.executor.gate.clear()  # From the very first step on.
     call = service.client.generate("x", max_tokens=2)
     wait_for(lambda: not service.client.is_serving())
     assert service.client.server_info().state == control_pb2.SERVER_STATE_DEGRADED
     assert _get(service, "/health") == (503, "degraded\n")
+    assert _samples(service)["jaxserve_step_in_flight_seconds", ()] > 0.2
     service.executor.gate.set()
     list(call)
     wait_for(service.client.is_serving)
+    wait_for(lambda: _samples(service)["jaxserve_step_in_flight_seconds", ()] == 0)
+
+
+def test_an_idle_time_is_not_held_against_the_next_request(make_service):
+    clock = SetClock()
+    service = make_service(clock=clock)
+    state, executor = service.server.state, service.executor
+    state.degraded_after_s = 60.0
+    list(service.client.generate("x", max_tokens=2))
+    service.assert_idle()
+    clock.now_s += 3600.0
+    assert state.phase is Phase.READY
+    executor.gate.clear()
+    num_plans = len(executor.plans)
+    call = service.client.generate("x", max_tokens=2)
+    wait_for(lambda: len(executor.plans) > num_plans)
+    assert state.phase is Phase.READY
+    clock.now_s += 59.0
+    assert state.phase is Phase.READY
+    clock.now_s += 2.0
+    assert state.phase is Phase.DEGRADED
+    executor.gate.set()
+    list(call)
+    service.assert_idle()
+    assert state.phase is Phase.READY
+
+
+def test_refused_requests_are_counted_by_reason(make_service):
+    service = make_service(ready=False, max_queued_requests=1)
+    with pytest.raises(NotAccepting):
+        list(service.client.generate("x"))
+    service.make_ready()
+    for settings in ({"top_p": 2.0}, {"stop": [""]}):
+        with pytest.raises(InvalidRequest):
+            list(service.client.generate("x", **settings))
+    service.executor.step_s = 0.01
+    calls = []
+    for count in range(1, 5):  # One by one: the queue holds no more.
+        calls.append(service.client.generate("o", max_tokens=400))
+        wait_for(lambda count=count: service.engine.snapshot().num_running == count)
+    calls.append(service.client.generate("o", max_tokens=2))
+    wait_for(lambda: service.engine.snapshot().num_waiting == 1)
+    with pytest.raises(QueueFull):
+        list(service.client.generate("one too many"))
+    for call in calls:
+        call.cancel()
+    service.assert_idle()
+    samples = _samples(service)
+    counts = {
+        reason: samples["jaxserve_requests_refused_total", (("reason", reason),)]
+        for reason in ("invalid", "queue_full", "not_accepting")
+    }
+    assert counts == {"invalid": 2, "queue_full": 1, "not_accepting": 1}
 
 
 @pytest.mark.parametrize("reflection", [False, True])
@@ -169,17 +225,46 @@ def test_http_port_has_two_paths(make_service):
 @pytest.mark.parametrize("flag", ["grpc_port", "http_port"])
 def test_a_busy_port_is_an_error_with_its_flag(service, flag):
     busy = getattr(service.server, flag)
+    message = _start_error(service, **{flag: busy})
+    assert f"127.0.0.1:{busy}: another program uses the port" in message
+    assert f"--{flag.replace('_', '-')} (0: any free port)" in message
+    assert "--host" not in message
+    assert service.client.is_serving()
 
+
+@pytest.mark.parametrize(
+    ("host", "cause"),
+    [
+        ("nohost.invalid", "cannot be resolved"),
+        ("192.0.2.1", "is not an address of this machine"),  # Reserved for documentation.
+    ],
+)
+def test_a_host_that_is_not_this_machine_is_told_from_a_busy_port(service, host, cause):
+    message = _start_error(service, host=host)
+    assert message.startswith(f"--host {host} {cause}")
+    assert "127.0.0.1" in message
+    assert "port" not in message
+
+
+def test_every_cause_has_its_advice():
+    denied = listen_error("--grpc-port", "::1", 80, PermissionError(errno.EACCES, "denied"))
+    assert "above 1023 with --grpc-port" in str(denied)
+    other = listen_error("--http-port", "::1", 80, OSError(errno.ENOBUFS, "no buffers"))
+    assert "no buffers" in str(other)
+    assert "--http-port or --host" in str(other)
+
+
+def _start_error(service, **settings) -> str:
     async def start() -> None:
-        server = Server(ServerConfig(**{"grpc_port": 0, "http_port": 0, flag: busy}))
+        server = Server(ServerConfig(**({"grpc_port": 0, "http_port": 0} | settings)))
         try:
             await server.start()
         finally:
             await server.stop()
 
-    with pytest.raises(ConfigError, match=f"{busy}.*--{flag.replace('_', '-')}"):
+    with pytest.raises(ConfigError) as error:
         service.call(start())
-    assert service.client.is_serving()
+    return str(error.value)
 
 
 @pytest.mark.parametrize(

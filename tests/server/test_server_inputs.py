@@ -65,7 +65,7 @@ EDGE_SETTINGS = {
     "top_p": [1e-6, 1.0],
     "min_p": [0.0, 1.0],
     "seed": [0, 2**64 - 1],
-    "repetition_penalty": [1e-6, 100.0],
+    "repetition_penalty": [0.01, 100.0],
     "presence_penalty": [-2.0, 2.0],
     "frequency_penalty": [-2.0, 2.0],
     "logit_bias": [{0: 100.0, VOCAB - 1: -100.0}],

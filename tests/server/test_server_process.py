@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,8 +38,10 @@ def setup(tmp_path_factory, compilation_cache) -> Setup:
 
 
 @contextlib.contextmanager
-def _process(setup: Setup, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    command = [*PROGRAM, "serve", "--model", str(setup.model), *FLAGS]
+def _process(
+    setup: Setup, *flags: str, program: Sequence[str] = PROGRAM
+) -> Iterator[subprocess.Popen[str]]:
+    command = [*program, "serve", "--model", str(setup.model), *FLAGS]
     command += ["--compilation-cache-dir", str(setup.compilation_cache)]
     command += flags or ("--grpc-port", "0", "--http-port", "0")
     with subprocess.Popen(
@@ -135,9 +137,11 @@ def test_a_busy_port_ends_with_the_fix(setup, service):
     with _process(setup, "--grpc-port", port, "--http-port", "0") as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert f"127.0.0.1:{port}" in errors
-    assert "--grpc-port" in errors
-    assert "Traceback" not in errors
+    expected = (
+        f"error: cannot listen on 127.0.0.1:{port}: another program uses the port. "
+        "Choose another with --grpc-port (0: any free port)\n"
+    )
+    assert errors == expected, "one line, and none of gRPC's own"
 
 
 @pytest.mark.long
@@ -160,6 +164,50 @@ def test_a_second_signal_is_immediate(setup):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 128 + signal.SIGTERM
         assert time.monotonic() - start_s < 1.0
+
+
+HANGING_SERVER = """
+import threading
+import jaxserve.engine.startup as startup
+from jaxserve.cli.main import main
+
+start_engine = startup.start_engine
+
+class Hanging:
+    def __init__(self, executor):
+        self.depth, self.submit = executor.depth, executor.submit
+        self.can_accept = executor.can_accept
+    def next_completion(self):
+        threading.Event().wait()
+
+def start_and_hang(config, on_phase):
+    running = start_engine(config, on_phase)
+    loop = running.engine._loop
+    loop._executor = Hanging(loop._executor)
+    return running
+
+startup.start_engine = start_and_hang
+main()
+"""
+
+
+@pytest.mark.long
+def test_sigterm_ends_a_server_whose_device_hangs(setup):
+    ports = ("--grpc-port", "0", "--http-port", "0")
+    with (
+        _process(
+            setup, *ports, "--drain-timeout-s", "0", program=[sys.executable, "-c", HANGING_SERVER]
+        ) as process,
+        Client(_addresses(process)[0]) as client,
+    ):
+        call = client.generate("abc", max_tokens=5)
+        wait_for(lambda: client.load().num_running == 1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        call.cancel()
+    assert process.returncode == 1
+    assert "the device does not answer" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.long

@@ -23,6 +23,7 @@ STEPS_PER_RUN = 60
 PAGES = "pages"
 DRAFT = "scheduler.draft"
 ADMISSION = "scheduler.admission"
+ROOM = "scheduler.room"
 STATE = "scheduler.state"
 POLICY = "scheduler.policies.sarathi"
 SCHEDULER = "scheduler.scheduler"
@@ -262,12 +263,12 @@ MUTANTS = [
     mutant(
         "sample_rows_unlimited",
         "S2",
-        Edit(DRAFT, "return min(num_tokens, self.num_sample_rows_left)", "return num_tokens"),
+        Edit(ROOM, "return min(num_tokens, self.num_sample_rows)", "return num_tokens"),
     ),
     mutant(
         "last_chunk_without_a_sample_row",
         "S2",
-        Edit(DRAFT, "if num_tokens == remaining and self.num_sample_rows_left == 0:", "if False:"),
+        Edit(ROOM, "if num_tokens == remaining and self.num_sample_rows == 0:", "if False:"),
     ),
     mutant(
         "prompt_logprobs_twice",
@@ -347,7 +348,7 @@ MUTANTS = [
     mutant(
         "too_many_in_a_micro_batch",
         "S2",
-        Edit(DRAFT, "if num_tokens <= 0 or not self._num_seqs_left:", "if num_tokens <= 0:"),
+        Edit(ROOM, "if num_tokens <= 0 or not self.num_seqs:", "if num_tokens <= 0:"),
         max_in_flight=4,
         chain_decodes=False,
         max_num_seqs=7,

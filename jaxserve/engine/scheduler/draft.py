@@ -30,6 +30,7 @@ from jaxserve.engine.scheduler.budget import (
     StepContext,
     smallest_bucket,
 )
+from jaxserve.engine.scheduler.room import StepRoom
 from jaxserve.engine.scheduler.rules import PolicyRules
 from jaxserve.engine.scheduler.state import SchedulerState
 
@@ -64,11 +65,10 @@ class StepDraft:
         self._budget = budget
         self._in_flight = in_flight
         self._oldest_started_s = oldest_started_s
-        self._prefill_limit: PrefillLimit | None = None
         self.now_s = now_s
-        self.num_rows_left = max_rows
-        self.num_sample_rows_left = state.config.max_num_seqs
-        self._num_seqs_left = state.config.max_seqs_per_step or state.config.max_num_seqs
+        self._room = StepRoom(
+            state.config, max_rows=max_rows, prefill_limit=self._make_prefill_limit
+        )
         self._decode_requests: list[Request] = []
         self._prefill_requests: list[Request] = []
         self._decodes: list[Chunk] = []
@@ -88,7 +88,11 @@ class StepDraft:
     @property
     def num_sample_rows(self) -> int:
         """LM-head rows planned so far."""
-        return self._config.max_num_seqs - self.num_sample_rows_left
+        return self._config.max_num_seqs - self._room.num_sample_rows
+
+    @property
+    def num_rows_left(self) -> int:
+        return self._room.num_rows
 
     @property
     def next_waiting(self) -> Request | None:
@@ -117,10 +121,7 @@ class StepDraft:
             self._preempt(victim)
         for request in ready:
             self._add_decode(request)
-        # A budget may ask for less than the decodes take; they go in all the same.
-        self.num_rows_left = max(0, self.num_rows_left - len(ready))
-        self.num_sample_rows_left -= len(ready)
-        self._num_seqs_left -= len(ready)
+        self._room.take_decodes(len(ready))
         return True
 
     def partial_prefills(self) -> list[Request]:
@@ -139,7 +140,7 @@ class StepDraft:
         True if that completes its prefill.
         """
         start = request.num_computed_tokens
-        num_tokens = self._num_prefill_tokens(request, start)
+        num_tokens = self._room.prefill_tokens(request, start)
         if num_tokens > 0:
             self._add_prefill_chunk(request, start, num_tokens, new_pages=())
         return request.num_computed_tokens == request.num_prefill_tokens
@@ -155,10 +156,9 @@ class StepDraft:
         start = request.num_computed_tokens
         is_decode = start >= request.num_prefill_tokens
         if is_decode:
-            has_room = self.num_rows_left and self.num_sample_rows_left and self._num_seqs_left
-            num_tokens = int(bool(has_room) and self._can_decode(request))
+            num_tokens = int(self._room.has_decode and self._can_decode(request))
         else:
-            num_tokens = self._num_prefill_tokens(request, start)
+            num_tokens = self._room.prefill_tokens(request, start)
         if num_tokens == 0:
             return True
         num_new_pages = self._state.num_pages_for(start + num_tokens) - len(request.page_ids)
@@ -171,9 +171,7 @@ class StepDraft:
                 return False
         if is_decode:
             self._add_decode(request)
-            self.num_rows_left -= 1
-            self.num_sample_rows_left -= 1
-            self._num_seqs_left -= 1
+            self._room.take_decodes(1)
             return True
         new_pages = self._state.pages.allocate(num_new_pages) if num_new_pages > 0 else []
         request.page_ids.extend(new_pages)
@@ -192,7 +190,7 @@ class StepDraft:
         cached_pages = find_cached_pages(self._state, request)
         start = len(cached_pages) * self._config.page_size
         request.num_prefill_tokens = request.num_tokens
-        num_tokens = self._num_prefill_tokens(request, start)
+        num_tokens = self._room.prefill_tokens(request, start)
         if num_tokens == 0 or not self._may_be_cut(request, num_tokens, start):
             return False
         grant = self._rules.page_grant
@@ -226,7 +224,7 @@ class StepDraft:
 
     def _decode_ready(self) -> tuple[list[Request], int]:
         """Requests that can decode now, and how many pages they need for it."""
-        page_size, most = self._config.page_size, self._num_seqs_left
+        page_size, most = self._config.page_size, self._room.num_seqs
         chained = self._config.chain_decodes
         ready: list[Request] = []
         num_pages = 0
@@ -290,36 +288,16 @@ class StepDraft:
         request.num_pending_tokens += 1
         request.num_in_flight_steps += 1
 
-    def _num_prefill_tokens(self, request: Request, start: int) -> int:
-        """Size of the chunk at `start` that the budgets allow; may be 0."""
-        remaining = request.num_prefill_tokens - start
-        num_tokens = min(remaining, self.num_rows_left)
-        if num_tokens <= 0 or not self._num_seqs_left:
-            return 0
-        num_tokens = self._limit().max_tokens(start, num_tokens)
-        if request.has_unscored_prompt:
-            # Positions before `scored_from` were reported in an earlier life.
-            scored_from = request.num_prompt_logprobs
-            if start < scored_from:
-                return min(num_tokens, scored_from - start)
-            return min(num_tokens, self.num_sample_rows_left)
-        if num_tokens == remaining and self.num_sample_rows_left == 0:
-            return num_tokens - 1
-        return num_tokens
-
-    def _limit(self) -> PrefillLimit:
-        """The budget's limit of this step's prefills, asked for once the decodes are in."""
-        if self._prefill_limit is None:
-            self._prefill_limit = self._budget.prefill_limit(
-                StepContext(
-                    now_s=self.now_s,
-                    buckets=self._config.buckets,
-                    decodes=self._decode_requests,
-                    in_flight=self._in_flight,
-                    oldest_started_s=self._oldest_started_s,
-                )
+    def _make_prefill_limit(self) -> PrefillLimit:
+        return self._budget.prefill_limit(
+            StepContext(
+                now_s=self.now_s,
+                buckets=self._config.buckets,
+                decodes=self._decode_requests,
+                in_flight=self._in_flight,
+                oldest_started_s=self._oldest_started_s,
             )
-        return self._prefill_limit
+        )
 
     def _add_prefill_chunk(
         self, request: Request, start: int, num_tokens: int, new_pages: tuple[int, ...]
@@ -342,10 +320,7 @@ class StepDraft:
         )
         self._prefills.append(chunk)
         self._prefill_requests.append(request)
-        self._limit().add(start, num_tokens)
-        self.num_rows_left -= num_tokens
-        self._num_seqs_left -= 1
-        self.num_sample_rows_left -= chunk.num_sample_rows
+        self._room.take_chunk(chunk)
         request.num_computed_tokens = end
         request.num_pending_tokens += chunk.samples
         request.num_in_flight_steps += 1

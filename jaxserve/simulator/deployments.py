@@ -67,8 +67,8 @@ MODELS = {
     "llama2-70b": ModelShape(
         80, 8192, 64, 8, 128, _llama_layer(8192, 28672, 64, 8, 128), "llama2-70b"
     ),
-    # A Falcon layer holds 12 h^2 in round figures (its MLP has no gate), and
-    # attention and MLP run side by side with one all-reduce.
+    # Falcon's MLP has no gate and is four times as wide as the model; attention
+    # and MLP run side by side, with one all-reduce.
     "falcon-180b": ModelShape(
         80,
         14848,
@@ -144,7 +144,7 @@ DEPLOYMENTS = {
         tensor_parallel=8,
         pipeline_parallel=8,
         fabric="dgx",
-        num_pages=1,
+        num_pages=55_296,
         slo_s={},
         token_budget={},
         start_qps={},

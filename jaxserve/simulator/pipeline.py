@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.simulator.cost_models.base import NO_HOST_COST
 from jaxserve.simulator.cost_models.gpu import GpuCostModel
 from jaxserve.simulator.cost_models.operators import packaged_a100
@@ -89,7 +88,7 @@ def compare_pipelines(
     # The replicas share the requests in turn.
     shares = [requests[index::stages] for index in range(stages)]
     alone = [simulate(gpt3_engine(replica, "orca"), share) for share in shares if share]
-    batch, replica_batch = (_batch(deployment), _batch(replica))
+    batch, replica_batch = _batch(deployment), _batch(replica)
     return PipelineComparison(
         max_num_seqs={
             "orca_tp8_pp8": batch,
@@ -115,7 +114,7 @@ def gpt3_engine(deployment: Deployment, policy: str) -> SimEngine:
     batch, stages = _batch(deployment), deployment.pipeline_parallel
     num_seqs = batch * stages
     needed = num_seqs * math.ceil(MAX_MODEL_LEN / PAGE_SIZE)
-    config: SchedulerConfig = scheduler_config(
+    config = scheduler_config(
         deployment,
         policy,
         token_budget=CHUNK,

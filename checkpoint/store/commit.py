@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from checkpoint.store.durable import canonical_json, sha256_hex
+from checkpoint.store.errors import StoreUnreadable
 from checkpoint.store.manifest import FORMAT
 
 
@@ -37,22 +38,31 @@ class CommitRecord:
 
     @classmethod
     def decode(cls, data: bytes) -> CommitRecord:
-        """Raises ValueError on anything but what `encode` wrote."""
+        """Reads what `encode` wrote.
+
+        Raises:
+            ValueError: it is damaged.
+            StoreUnreadable: it is whole, and of another version of this format.
+        """
         fields = json.loads(data)
         try:
-            if fields["format"] != FORMAT:
-                raise ValueError(f"format is {fields['format']!r}, this version reads {FORMAT!r}")
-            record = cls(
-                int(fields["step"]),
-                int(fields["epoch"]),
-                str(fields["manifest_sha256"]),
-                float(fields["created_unix_s"]),
+            kept = {name: value for name, value in fields.items() if name != "sha256"}
+            whole = canonical_json({**kept, "sha256": sha256_hex(canonical_json(kept))})
+            if whole != data:
+                raise ValueError("its digest does not match its content")
+            if kept["format"] != FORMAT:
+                raise StoreUnreadable(
+                    f"the checkpoint has the format {kept['format']!r}, and this version reads "
+                    f"{FORMAT!r}: use the version that wrote it, or a newer one"
+                )
+            return cls(
+                int(kept["step"]),
+                int(kept["epoch"]),
+                str(kept["manifest_sha256"]),
+                float(kept["created_unix_s"]),
             )
-        except (KeyError, TypeError, OverflowError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a field is missing or of the wrong type: {error!r}") from error
-        if record.encode() != data:
-            raise ValueError("its digest does not match its content")
-        return record
 
     def _fields(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

@@ -78,7 +78,7 @@ def fsync_path(path: Path) -> None:
 
 def fsync_tree(root: Path, deadline: Deadline) -> None:
     """Forces every file and folder under `root` to the disk, leaves first."""
-    for folder, _, names in os.walk(root, topdown=False):
+    for folder, _, names in os.walk(root, topdown=False, onerror=_raise):
         for name in names:
             deadline.check(f"writing {name} to the disk")
             fsync_path(Path(folder, name))
@@ -96,8 +96,12 @@ def write_new_file(path: Path, data: bytes) -> None:
 
 def walk_files(root: Path) -> Iterator[tuple[str, bool]]:
     """Every non-folder under `root`: its path relative to `root` with slashes, and
-    whether it is a plain file (not a link, pipe or device)."""
-    for folder, folders, names in os.walk(root):
+    whether it is a plain file (not a link, pipe or device).
+
+    Raises:
+        OSError: a folder cannot be listed; it is never taken for an empty one.
+    """
+    for folder, folders, names in os.walk(root, onerror=_raise):
         for name in sorted(names):
             path = Path(folder, name)
             yield path.relative_to(root).as_posix(), path.is_file() and not path.is_symlink()
@@ -107,3 +111,7 @@ def walk_files(root: Path) -> Iterator[tuple[str, bool]]:
                 folders.remove(name)
                 yield path.relative_to(root).as_posix(), False
         folders.sort()
+
+
+def _raise(error: OSError) -> None:
+    raise error

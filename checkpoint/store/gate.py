@@ -110,7 +110,7 @@ def fence_older_epochs(layout: StoreLayout, epoch: int) -> None:
             target = layout.fenced / f"epoch-{older:08d}-by-{epoch:08d}"
             with contextlib.suppress(FileNotFoundError):
                 layout.gate(older).rename(target)
-                logger.warning("%s: the writer of epoch %d is fenced", layout.root, older)
+                logger.info("%s: the gate of epoch %d is shut", layout.root, older)
     for leftover in layout.fenced.iterdir():
         for entry in leftover.glob(f"{_QUARANTINE}*"):
             target = layout.quarantine / entry.name.removeprefix(_QUARANTINE)

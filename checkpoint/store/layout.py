@@ -58,8 +58,8 @@ class StoreLayout:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """All of the above."""
-        return self.steps, self.lease, self.gates, self.fenced, self.staging, self.quarantine
+        """All of the above; `steps`, by which readers know a store, is the last."""
+        return self.lease, self.gates, self.fenced, self.staging, self.quarantine, self.steps
 
     def step(self, step: int) -> Path:
         """The folder of a checkpoint."""

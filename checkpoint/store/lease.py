@@ -181,6 +181,7 @@ class _HeartbeatWatch:
     def __init__(self, layout: StoreLayout, wait_s: float) -> None:
         self._layout = layout
         self._end_s = time.monotonic() + wait_s
+        self._is_extended = False
         self._seen: tuple[int, bytes] | None = None
         self._seen_since_s = 0.0
 
@@ -201,7 +202,9 @@ class _HeartbeatWatch:
             return silent_s >= claim.ttl_s
         # Old by the clocks: two heartbeats' time is enough, and is worth waiting for.
         needed_s = 2 * claim.ttl_s / HEARTBEATS_PER_TTL
-        self._end_s = max(self._end_s, self._seen_since_s + needed_s + POLL_S)
+        if not self._is_extended:
+            self._is_extended = True
+            self._end_s = max(self._end_s, now_s + needed_s + POLL_S)
         return silent_s >= needed_s
 
 

@@ -15,8 +15,11 @@ import numpy as np
 import tensorstore as ts
 
 from checkpoint.store.durable import Deadline
-from checkpoint.store.errors import SaveFailed
+from checkpoint.store.errors import SaveFailed, StoreUnreadable
 from checkpoint.store.tree import DTYPES, HostArray
+
+_REFUSALS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""How TensorStore's errors begin that speak of this process or system, not of the files."""
 
 
 class ArrayWrite:
@@ -98,8 +101,14 @@ class ArrayReader:
 
         Raises:
             ValueError, OSError: it is not there, or the files cannot be understood.
+            StoreUnreadable: the system refuses to read.
         """
-        array: HostArray = np.asarray(self._open(name).read().result())
+        try:
+            array: HostArray = np.asarray(self._open(name).read().result())
+        except ValueError as error:
+            if str(error).startswith(_REFUSALS):
+                raise StoreUnreadable(f"{self._folder}: array {name}: {error}") from error
+            raise
         if array.dtype.name not in DTYPES:
             raise ValueError(f"dtype {array.dtype}")
         return array

@@ -36,4 +36,4 @@ def move_aside(layout: StoreLayout, gate: Gate, step: int, reasons: Sequence[str
 
 def is_empty(layout: StoreLayout) -> bool:
     """Whether no step was ever moved aside."""
-    return not any(layout.quarantine.iterdir())
+    return not layout.quarantine.is_dir() or not any(layout.quarantine.iterdir())

@@ -210,6 +210,8 @@ class _VerifiedReads:
     def __call__(self, name: str) -> HostArray:
         try:
             return read_array(self._reader, name, self._manifest.arrays[name])
+        except StoreUnreadable:
+            raise
         except ValueError as error:
             problem = Problem(f"array {name}", str(error))
             raise CorruptStep(self._manifest.step, [problem]) from error

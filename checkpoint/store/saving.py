@@ -29,6 +29,7 @@ from checkpoint.store.tree import HostLeaf, digest
 from checkpoint.store.verification import read_array
 
 PUBLISH_GRACE_S = 60.0
+MAX_REASON_CHARS = 500
 
 
 class SaveHandle:
@@ -165,8 +166,10 @@ class SaveTask:
         except SaveFailed:
             raise
         except Exception as error:
+            self.gate.check()  # A newer writer clears staging: that is then the reason.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_REASON_CHARS]
             raise SaveFailed(
-                f"step {self.step} was not saved: {type(error).__name__}: {error}. "
+                f"step {self.step} was not saved: {reason}. "
                 "Earlier steps are whole, what was half-written is removed"
             ) from error
         finally:

@@ -160,8 +160,8 @@ class Store(StoreReader):
             StepExists: `step` is not the newest.
             UnsupportedLeaf: `tree` holds something that cannot be stored.
         """
-        self._lease.check()
         self._finish_current()
+        self._lease.check()
         self._check_step(step)
         kept = dict(metadata or {})
         try:
@@ -204,8 +204,8 @@ class Store(StoreReader):
         Raises:
             Fenced: another writer has the store.
         """
-        self._lease.check()
         self._finish_current()
+        self._lease.check()
         newer = [later for later in self.steps() if later > step]
         for later in newer:
             quarantine.move_aside(self._layout, self._lease.gate, later, [reason])
@@ -259,6 +259,7 @@ class Store(StoreReader):
             raise StoreError(f"step {step} is not between 0 and {MAX_STEP}")
         newest = max(self.steps(), default=-1)
         if step <= newest:
+            self._lease.check()  # If the newer step is another writer's, that is the reason.
             raise StepExists(
                 f"{self.path}: step {step} cannot be saved, step {newest} is there already. "
                 f"To go back, call set_aside_after({step - 1}, reason) first"

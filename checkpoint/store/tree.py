@@ -147,13 +147,17 @@ def _component(key: Any) -> str:
     raise UnsupportedLeaf(f"a node of the tree names its children by {key!r}, not by text")
 
 
+def _is_here(leaf: jax.Array) -> bool:
+    return leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
 def _is_key(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def _host_leaf(name: str, leaf: Any) -> HostLeaf:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    if isinstance(leaf, jax.Array) and not _is_here(leaf):
         raise UnsupportedLeaf(
             f"{name} is spread over several processes ({leaf.sharding}); "
             "gather it in the process that saves"

@@ -13,7 +13,7 @@ import numpy as np
 
 from checkpoint.store.commit import CommitRecord
 from checkpoint.store.durable import sha256_hex, sha256_of_file, walk_files
-from checkpoint.store.errors import CorruptStep, Problem, StoreUnreadable
+from checkpoint.store.errors import CorruptStep, Problem, StoreError, StoreUnreadable
 from checkpoint.store.layout import ARRAYS, COMMIT, MANIFEST
 from checkpoint.store.manifest import ArrayRecord, Manifest
 from checkpoint.store.orbax_io import ArrayReader
@@ -76,7 +76,11 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
     Raises:
         StoreUnreadable: the system refuses to read.
     """
-    found = dict(walk_files(folder))
+    try:
+        found = _tried(lambda: dict(walk_files(folder)))
+    except OSError as error:
+        yield Problem(".", f"cannot be listed: {error}")
+        return
     for own in (COMMIT, MANIFEST):
         found.pop(own, None)
     for path in sorted(found.keys() - manifest.files.keys()):
@@ -95,6 +99,7 @@ def read_array(reader: ArrayReader, name: str, record: ArrayRecord) -> HostArray
 
     Raises:
         ValueError: they are not those that were saved.
+        StoreUnreadable: the system refuses to read.
     """
     if 0 in record.shape:
         return np.empty(record.shape, DTYPES[record.dtype])
@@ -102,6 +107,8 @@ def read_array(reader: ArrayReader, name: str, record: ArrayRecord) -> HostArray
     for _ in range(NUM_TRIES):
         try:
             array = reader.read(name)
+        except StoreUnreadable:
+            raise
         except (ValueError, OSError) as error:
             failure = ValueError(f"cannot be read: {error}")
             continue
@@ -127,6 +134,8 @@ def verify_folder(folder: Path, step: int) -> VerifyReport:
     for name, record in manifest.arrays.items():
         try:
             read_array(reader, name, record)
+        except StoreUnreadable:
+            raise
         except ValueError as error:
             problems.append(Problem(f"array {name}", str(error)))
     size_bytes = sum(record.size_bytes for record in manifest.files.values())
@@ -161,7 +170,7 @@ def _read_bytes(folder: Path, name: str, step: int) -> bytes:
 def _decode(folder: Path, name: str, step: int, decode: Callable[[bytes], T]) -> T:
     try:
         return decode(_read_bytes(folder, name, step))
-    except CorruptStep:
+    except StoreError:
         raise
     except ValueError as error:
         raise CorruptStep(step, [Problem(name, str(error))]) from error

@@ -6,6 +6,7 @@ per line of JSON on its standard input and answers with the writer's process id.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -15,11 +16,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from checkpoint.store import ProcessIdentity, RetentionPolicy, Store, StoreOptions
+from checkpoint.store import Fenced, ProcessIdentity, RetentionPolicy, Store, StoreOptions
 
 WATCHED = ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "open")
 
@@ -47,7 +48,11 @@ def equals_tree(step: int, tree: dict[str, Any], num_floats: int = 20_000) -> bo
 
 def write(job: dict[str, Any]) -> None:
     """Opens a store and saves; notes every event in the job's log."""
-    log = Path(job["log"]).open("a", buffering=1)
+    with Path(job["log"]).open("a", buffering=1) as log:
+        _write(job, log)
+
+
+def _write(job: dict[str, Any], log: TextIO) -> None:
     holder = ProcessIdentity.current()
     if job.get("boot_id"):
         holder = replace(holder, boot_id=job["boot_id"], host="elsewhere")
@@ -63,6 +68,8 @@ def write(job: dict[str, Any]) -> None:
             _strike(**strike)
         with Store(job["path"], options, holder=holder) as store:
             print("open", store.epoch, file=log)
+            if job.get("fork"):
+                _note_in_a_fork(store, log)
             first = max(store.steps(), default=0) + 1
             if strike and not strike.get("from_open"):
                 _strike(**strike)
@@ -78,20 +85,27 @@ def write(job: dict[str, Any]) -> None:
                     print("failed", step, type(error).__name__, error, file=log)
                     left = len(list((store.path / "staging").iterdir()))
                     print("staged", left, file=log)
-                    if not job.get("file_limit_bytes") and not job.get("go_on"):
+                    if not job.get("file_limit_bytes"):
                         raise
                     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
                     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-                    filler = Path(job.get("filler", "/nonexistent"))
-                    filler.unlink(missing_ok=True)
     except Exception as error:
         print("error", type(error).__name__, error, file=log)
     print("end", file=log)
 
 
-def _strike(
-    signal_name: str, count: int = 1, contains: str = "", from_open: bool = False
-) -> None:
+def _note_in_a_fork(store: Store, log: TextIO) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            store.check_lease()
+        except Fenced as error:
+            print("forked", error, file=log)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def _strike(signal_name: str, count: int = 1, contains: str = "", from_open: bool = False) -> None:
     """This process signals itself just before its `count`-th matching file-system call."""
     left = count
 
@@ -194,10 +208,16 @@ class WriterTemplate:
         self._process.wait(timeout=30)
 
 
+def _reap(_signal: int, _frame: object) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def main() -> None:
     import orbax.checkpoint  # noqa: F401 - so that the writers need not
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # The kernel reaps the writers.
+    signal.signal(signal.SIGCHLD, _reap)
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()
         if pid == 0:

@@ -34,10 +34,11 @@ from checkpoint.store import (
     StoreNotFound,
     StoreOptions,
     StoreReader,
+    StoreUnreadable,
     TreeMismatch,
     UnsupportedLeaf,
 )
-from checkpoint.store.durable import Deadline
+from checkpoint.store.durable import Deadline, canonical_json, sha256_hex
 from checkpoint.store.orbax_io import ArrayReader
 from checkpoint.store.retention import steps_to_delete
 from checkpoint.store.saving import SaveHandle
@@ -155,7 +156,7 @@ def test_verify_reports_what_it_checked(saved: Path) -> None:
     report = StoreReader(saved).verify(3)
     assert report.ok
     assert report.num_arrays == len(jax.tree.leaves(train_state()))
-    files = [path for path in (saved / "steps" / f"{3:012d}" / "arrays").rglob("*")]
+    files = (saved / "steps" / f"{3:012d}" / "arrays").rglob("*")
     assert report.num_files == sum(path.is_file() for path in files)
 
 
@@ -276,6 +277,20 @@ def test_a_reader_needs_a_store_and_makes_none(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
+def test_a_newer_format_is_no_damage(tmp_path: Path, small: Any) -> None:
+    with Store(tmp_path) as store:
+        store.save(1, small).wait()
+        path = tmp_path / "steps" / f"{1:012d}" / "commit.json"
+        fields = json.loads(path.read_bytes())
+        del fields["sha256"]
+        fields["format"] = "jaxserve-checkpoint-9"
+        path.write_bytes(canonical_json({**fields, "sha256": sha256_hex(canonical_json(fields))}))
+        for read in (lambda: store.restore_latest(small), store.latest_good):
+            with pytest.raises(StoreUnreadable, match="jaxserve-checkpoint-9"):
+                read()
+        assert store.steps() == [1]
+
+
 def test_when_all_is_lost_it_says_so(tmp_path: Path, small: Any) -> None:
     with Store(tmp_path) as store:
         store.save(1, small).wait()
@@ -296,7 +311,7 @@ def test_a_handle_can_be_polled_and_waits_for_a_bounded_time(tmp_path: Path, sma
     hung = SaveHandle(2, Deadline(0.05))
     with pytest.raises(TimeoutError, match="not saved after"):
         hung.wait(timeout_s=0.01)
-    with pytest.raises(SaveTimedOut, match="within 0.05 s"):
+    with pytest.raises(SaveTimedOut, match=r"within 0\.05 s"):
         hung.wait()
     assert not hung.begin_publishing()
 
@@ -332,10 +347,14 @@ def test_errors_are_visible_in_the_same_save(
 
 
 def test_a_closed_store_does_not_hide_an_exception(tmp_path: Path, small: Any) -> None:
-    with pytest.raises(KeyError), Store(tmp_path) as store:
-        os.rename(tmp_path / "staging", tmp_path / "gone")
-        store.save(2, small)
-        raise KeyError("loop")
+    def train() -> None:
+        with Store(tmp_path) as store:
+            os.rename(tmp_path / "staging", tmp_path / "gone")
+            store.save(2, small)
+            raise KeyError("loop")
+
+    with pytest.raises(KeyError, match="loop"):
+        train()
 
 
 def test_retention_keeps_last_every_and_best(tmp_path: Path, small: Any) -> None:

@@ -1,6 +1,6 @@
 """Latency of the scheduling policies in the real engine: SL1 to SL6 and SL8 on this machine.
 
-    python tools/evaluate_policies.py [--only sl1,sl6] [--model FOLDER] [--json]
+    python tools/evaluate_policies.py [--only sl1,sl6] [--model FOLDER] [--wait-s N] [--json]
 
 The same engine, model and load; only the policy differs. Each part takes one
 to three minutes and ends as pass, fail or void. Void says that the machine was
@@ -24,7 +24,7 @@ from tools.policy_evaluation.rig import Rig, make_rig
 from tools.policy_evaluation.simulated import simulator_accuracy
 from tools.policy_evaluation.slack import slack_throughput
 from tools.policy_evaluation.stalls import long_prompt_arrival, time_to_first_token_price
-from tools.policy_evaluation.verdict import Outcome
+from tools.policy_evaluation.verdict import Outcome, wait_until_quiet
 
 PARTS: dict[str, Callable[[Rig], Outcome]] = {
     "sl1": long_prompt_arrival,
@@ -41,6 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--model", type=Path, help="where to keep the random model")
+    parser.add_argument(
+        "--wait-s", type=float, default=0.0, help="longest wait for a quiet machine before a part"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     names = args.only.split(",")
@@ -48,13 +51,17 @@ def main() -> None:
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(unknown)}")
     with tempfile.TemporaryDirectory() as scratch:
         rig = make_rig(write_model(args.model or Path(scratch) / "model"), TOKEN_BUDGETS)
-        outcomes = [PARTS[name](rig) for name in names]
-    for outcome in outcomes:
-        if args.json:
-            print(json.dumps(outcome.values()))
-        else:
-            _print(outcome)
-    sys.exit(any(outcome.verdict != "pass" for outcome in outcomes))
+        failed = False
+        for name in names:
+            if args.wait_s:
+                wait_until_quiet(args.wait_s)
+            outcome = PARTS[name](rig)
+            failed |= outcome.verdict != "pass"
+            if args.json:
+                print(json.dumps(outcome.values()), flush=True)
+            else:
+                _print(outcome)
+    sys.exit(failed)
 
 
 def _print(outcome: Outcome) -> None:
@@ -70,7 +77,7 @@ def _print(outcome: Outcome) -> None:
     )
     for reason in outcome.values()["void_reasons"]:
         print(f"    void: {reason}")
-    print(f"    {json.dumps(outcome.figures)}")
+    print(f"    {json.dumps(outcome.figures)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,21 @@ def cpu_times_s() -> tuple[float, float]:
     return busy_s, own_s
 
 
+def wait_until_quiet(timeout_s: float, *, windows: int = 3, window_s: float = 2.0) -> bool:
+    """Until other programs are below the limit for some seconds; False if they never are."""
+    end_s = time.monotonic() + timeout_s
+    num_quiet = 0
+    while num_quiet < windows:
+        if time.monotonic() > end_s:
+            return False
+        before = cpu_times_s()
+        time.sleep(window_s)
+        machine_s, own_s = (now - then for now, then in zip(cpu_times_s(), before, strict=True))
+        share = max(0.0, machine_s - own_s) / (window_s * (psutil.cpu_count() or 1))
+        num_quiet = num_quiet + 1 if share <= MAX_FOREIGN_SHARE else 0
+    return True
+
+
 @dataclass(slots=True)
 class NoiseMeter:
     """Times the same steps again and again between the measurements.

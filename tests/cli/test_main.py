@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import typer
 from checkpoint.errors import FormatError
 from jaxserve.cli.main import SUMMARIES, app, is_user_error
 from jaxserve.errors import ConfigError, InvalidRequest
+from tests.engine.tiny_model import make_tiny_model
 
 SCRIPT = Path(sys.executable).parent / "jaxserve"
 
@@ -89,6 +92,49 @@ def test_own_errors_are_told_from_defects() -> None:
     assert is_user_error(FormatError("no GGUF file"))
     assert not is_user_error(ValueError("a defect"))
     assert not is_user_error(KeyError("a defect"))
+
+
+def _as_raised(function: Callable[[], object]) -> OSError:
+    with pytest.raises(OSError) as caught:  # noqa: PT011  which one is not the matter here
+        function()
+    return caught.value
+
+
+def test_an_os_error_is_the_users_only_while_a_model_is_read(tmp_path: Path) -> None:
+    from models.loading import open_model
+
+    assert not is_user_error(_as_raised(lambda: (tmp_path / "none").open()))
+    assert not is_user_error(_as_raised(lambda: os.kill(2**22 + 1, 0)))
+    # Every read at the beginning of this file is an input/output error.
+    (tmp_path / "config.json").symlink_to("/proc/self/mem")
+    assert is_user_error(_as_raised(lambda: open_model(tmp_path)))
+    assert is_user_error(_as_raised(lambda: open_model(tmp_path / "nothing.gguf")))
+
+
+@pytest.mark.parametrize(
+    "kind", ["dangling weights", "dangling config", "unreadable config", "weights are a directory"]
+)
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
+    model = make_tiny_model(tmp_path / "tiny")
+    broken = model / ("config.json" if "config" in kind else "model.safetensors")
+    broken.unlink()
+    if "unreadable" in kind:
+        broken.symlink_to("/proc/self/mem")
+    elif "directory" in kind:
+        broken.mkdir()
+    else:
+        broken.symlink_to(tmp_path / "gone")
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxserve", "generate", "hi", "--model", model],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "--model" in done.stderr or broken.name in done.stderr or "safetensors" in done.stderr
 
 
 def test_completion_offers_commands_and_options() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from jaxserve.engine.step_log import CompletedStep
 from tools.policy_evaluation.model import write_model
 from tools.policy_evaluation.piggyback import marginal_decode_cost
-from tools.policy_evaluation.rig import Rig, make_rig
-from tools.policy_evaluation.stalls import long_prompt_arrival
-from tools.policy_evaluation.verdict import Outcome
+from tools.policy_evaluation.rig import TOKEN_BUDGET, Rig, make_rig
+from tools.policy_evaluation.stalls import long_prompt_arrival, max_rows_between_tokens
+from tools.policy_evaluation.streams import run_long_prompts
+from tools.policy_evaluation.verdict import LONG_PROMPT, Outcome
 
 MAX_TRIES = 3
 
@@ -33,6 +35,18 @@ def run_until_quiet(part: Callable[[Rig], Outcome], rig: Rig) -> None:
             return
         reasons.append(outcome.values()["void_reasons"])
     pytest.fail(f"nothing could be measured, the machine was busy: {reasons}")
+
+
+@pytest.mark.parametrize(
+    ("policy", "least", "most"),
+    [("sarathi", TOKEN_BUDGET, TOKEN_BUDGET), ("vllm_v0", LONG_PROMPT, LONG_PROMPT + 20)],
+)
+def test_rows_between_two_tokens(rig: Rig, policy: str, least: int, most: int) -> None:
+    """What SL1 times, counted: it holds on a busy machine too."""
+    steps: list[CompletedStep] = []
+    with rig.engine(policy, steps=steps) as engine:
+        run_long_prompts(engine, num_steady=8, prompt_len=LONG_PROMPT, period_s=0.2, num_prompts=2)
+    assert least <= max_rows_between_tokens(steps) <= most
 
 
 def test_sl1_long_prompts_stall_vllm_v0_and_not_sarathi(rig: Rig) -> None:

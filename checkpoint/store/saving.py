@@ -29,7 +29,7 @@ from checkpoint.store.tree import HostLeaf, digest
 from checkpoint.store.verification import read_array
 
 PUBLISH_GRACE_S = 60.0
-MAX_REASON_CHARS = 500
+MAX_REASON_CHARS = 1000
 
 
 class SaveHandle:
@@ -167,7 +167,8 @@ class SaveTask:
             raise
         except Exception as error:
             self.gate.check()  # A newer writer clears staging: that is then the reason.
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:MAX_REASON_CHARS]
+            reason = f"{type(error).__name__}: {error}".replace(f"{staged}/", "")
+            reason = reason.splitlines()[0][:MAX_REASON_CHARS]
             raise SaveFailed(
                 f"step {self.step} was not saved: {reason}. "
                 "Earlier steps are whole, what was half-written is removed"

@@ -272,7 +272,7 @@ class Store(StoreReader):
             for step in steps
             if step in self._metrics or self._has_manifest(step)
         }
-        protected = {max(steps), *([] if self._last_good is None else [self._last_good])}
+        protected = {*steps[-1:], *([] if self._last_good is None else [self._last_good])}
         for step in steps_to_delete(self._options.retention, self._metrics, protected):
             self._delete_unless_read(step)
 

@@ -26,13 +26,6 @@ from checkpoint.store import (
 ELSEWHERE = "00000000-0000-0000-0000-00000000e15e"
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WriterTemplate]:
-    template = WriterTemplate(tmp_path_factory.mktemp("writers"))
-    yield template
-    template.close()
-
-
 @contextlib.contextmanager
 def killed_at_the_end(writer: Writer) -> Iterator[Writer]:
     try:
@@ -189,6 +182,7 @@ def check_a_stopped_writer_is_fenced(
             assert contents(path) == before, "a fenced writer changed checkpoints"
             step = first + 2
             store.save(step, tree_of(step)).wait()
+            store._finish_current()
             assert not any((path / "staging").iterdir())
             assert all(store.verify(kept).ok for kept in store.steps())
             tree = store.restore(step, tree_of(step))

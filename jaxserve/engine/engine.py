@@ -18,6 +18,7 @@ from jaxserve.engine.loop import Committed, EngineLoop
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputProcessor, OutputSink
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
+from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.scheduler import Scheduler
 from jaxserve.errors import InvalidRequest
 
@@ -136,6 +137,18 @@ class Engine:
                 f"{sampling.min_tokens} do not fit: a prompt of {num_prompt_tokens} tokens leaves "
                 f"{room} of {self.max_model_len} (--max-model-len)",
             )
+        if sampling.min_tokens > 0 and sampling.allowed_token_ids is not None:
+            allowed = set(sampling.allowed_token_ids) - set(sampling.bad_token_ids)
+            if allowed <= self._stop_token_ids(sampling):
+                raise InvalidRequest(
+                    "min_tokens",
+                    "allowed_token_ids leaves only ids that stop, which min_tokens forbids: "
+                    "allow another id or drop min_tokens",
+                )
+
+    def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        return eos_token_ids | frozenset(sampling.stop_token_ids)
 
     def add(self, request: GenerationRequest, sink: OutputSink) -> Request:
         """Takes a request; its outputs go to `sink`, the last one with a reason.
@@ -147,12 +160,11 @@ class Engine:
         sampling = request.sampling
         room = self.max_model_len - len(request.prompt_token_ids)
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
         record = Request(
             generation=request,
             max_tokens=max_tokens,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-            stop_token_ids=eos_token_ids | frozenset(sampling.stop_token_ids),
+            stop_token_ids=self._stop_token_ids(sampling),
             arrival_s=self._clock(),
         )
         self._inbox.put(Arrival(record, sink))

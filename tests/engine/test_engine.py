@@ -71,6 +71,11 @@ def test_many_threads_get_each_stream_whole(started: list[Engine]) -> None:
         (b"", {}, "prompt"),
         (b"x" * 64, {}, "prompt"),
         (b"x" * 60, {"min_tokens": 5}, "min_tokens"),
+        (
+            b"x",
+            {"min_tokens": 2, "allowed_token_ids": (5, 6), "stop_token_ids": (5, 6)},
+            "min_tokens",
+        ),
         (b"x", {"top_p": 0.0}, "top_p"),
         (b"x", {"stop_token_ids": (257,)}, "stop_token_ids"),
     ],

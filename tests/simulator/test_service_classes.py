@@ -51,7 +51,7 @@ def test_under_load_slack_keeps_deadlines_that_a_fixed_budget_misses() -> None:
         token_budget=256,
         max_num_seqs=128,
     )
-    workload = make_workload("azure_code", 300, 1, max_model_len=8192, arrivals=ArrivalProcess())
+    workload = make_workload("azure_code", 400, 1, max_model_len=8192, arrivals=ArrivalProcess())
     requests = with_classes(workload.at(5.2), 1)
     well = {}
     for name, engine in (

@@ -1,7 +1,7 @@
 """jaxserve: serves language models with compiled JAX steps of fixed shapes.
 
 The distribution installs packages with plain names (`jaxserve`, `models`,
-`checkpoint`). Python takes the first `models` on its path, so a `models.py`
+`checkpoint`, `schedules`). Python takes the first `models` on its path, so a `models.py`
 in the working directory could be run in place of ours; importing `jaxserve`
 checks for that first and says what to do.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-SIBLING_PACKAGES = ("models", "checkpoint")
+SIBLING_PACKAGES = ("models", "checkpoint", "schedules")
 """Packages of this distribution, in folders beside this package's."""
 
 
@@ -49,7 +49,7 @@ def _require_own_packages() -> None:
     if foreign:
         found = ", ".join(f"`{name}` is {origin}" for name, origin in foreign.items())
         raise ImportError(
-            f"jaxserve needs its own packages {' and '.join(SIBLING_PACKAGES)}, but {found}. "
+            f"jaxserve needs its own packages {', '.join(SIBLING_PACKAGES)}, but {found}. "
             "A file or package of that name comes first on Python's path, often because it lies in "
             "the working directory: start from another directory, run the `jaxserve` command or "
             "`python -P` (neither looks there), or rename it. If another installed package owns "

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("jaxserve", "models", "checkpoint", "tools")
+PACKAGES = ("jaxserve", "models", "checkpoint", "schedules", "tools")
 
 _HOST_ONLY = ("jax", "jaxlib", "flax", "optax", "models", "time", "datetime")
 LAYERS = {
@@ -19,6 +19,7 @@ LAYERS = {
     "jaxserve/": ("tools",),
     "checkpoint/": ("jaxserve", "models", "tools"),
     "models/": ("jaxserve", "tools"),
+    "schedules/": ("jaxserve", "models", "checkpoint", "tools"),
     "jaxserve/engine/": ("jaxserve.server", "jaxserve.cli", "grpc"),
     "jaxserve/engine/scheduler/": _HOST_ONLY,
     "jaxserve/engine/pages.py": _HOST_ONLY,
@@ -193,6 +194,7 @@ def test_code_base_keeps_the_rules() -> None:
         ("from jaxserve.errors import ConfigError", "models/x.py"),
         ("import models.llama", "checkpoint/x.py"),
         ("from models import llama", "checkpoint/x.py"),
+        ("import checkpoint", "schedules/x.py"),
         ("from jaxserve.server import convert", "jaxserve/engine/x.py"),
         ("from tools import demo", "jaxserve/x.py"),
         ("def f():\n    global n\n    n = 1", "models/x.py"),

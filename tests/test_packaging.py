@@ -19,7 +19,7 @@ def run(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.fixture(params=["models.py", "checkpoint.py", "models/__init__.py"])
+@pytest.fixture(params=["models.py", "checkpoint.py", "schedules.py", "models/__init__.py"])
 def foreign_directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     file = tmp_path / request.param
     file.parent.mkdir(exist_ok=True)
@@ -54,7 +54,9 @@ def test_a_folder_without_code_hides_nothing(tmp_path: Path) -> None:
 
 
 def test_guard_is_cheap() -> None:
-    program = "import sys, jaxserve; print(len({'jax', 'models', 'checkpoint'} & set(sys.modules)))"
+    program = (
+        "import sys, jaxserve; print(len({'jax', *jaxserve.SIBLING_PACKAGES} & set(sys.modules)))"
+    )
     assert run(sys.executable, "-c", program, cwd=ROOT).stdout == "0\n"
 
 
@@ -86,7 +88,7 @@ def test_dev_lock_holds_the_runtime_lock() -> None:
 
 def test_packages_are_typed_and_licensed() -> None:
     assert all(
-        (ROOT / name / "py.typed").is_file() for name in ("jaxserve", "models", "checkpoint")
+        (ROOT / name / "py.typed").is_file() for name in ("jaxserve", *jaxserve.SIBLING_PACKAGES)
     )
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
@@ -106,6 +108,7 @@ def test_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         "jaxserve",
         "models",
         "checkpoint",
+        "schedules",
         f"jaxserve-{jaxserve.__version__}.dist-info",
     }
-    assert {f"{top}/py.typed" for top in ("jaxserve", "models", "checkpoint")} <= set(names)
+    assert {f"{top}/py.typed" for top in ("jaxserve", *jaxserve.SIBLING_PACKAGES)} <= set(names)

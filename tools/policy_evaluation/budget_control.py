@@ -13,6 +13,7 @@ from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.step_cost import FittedStepCost, fit_step_cost
 from jaxserve.engine.step_features import StepFeatures
+from jaxserve.errors import ConfigError
 from tools.policy_evaluation.model import CONTEXT
 from tools.policy_evaluation.rig import MAX_NUM_SEQS, Rig
 from tools.policy_evaluation.streams import run_long_prompts
@@ -23,7 +24,7 @@ NUM_STEADY = MAX_NUM_SEQS - 1
 STEADY_PROMPT = 300
 """At small budgets the first streams are far ahead when the last one starts;
 all of them then run around half of the context, which sizing assumes."""
-PROFILE_S = 8.0
+PROFILE_S = 30.0
 SLACK = 1.1
 """Objective over the shortest one for which sizing would take that budget."""
 SIZING_MARGIN = 0.9
@@ -65,13 +66,17 @@ def _config(rig: Rig) -> SchedulerConfig:
 
 
 def _sized(rig: Rig, slo_s: float) -> int:
+    """The token budget that the engine chooses at start; 0 if it refuses."""
     settings = replace(
         rig.settings,
         scheduler=_config(rig),
         objective=ServiceObjective(ttft_s=6.0, tbt_s=slo_s),
         has_tbt_objective=True,
     )
-    sized, _ = make_scheduler(settings, rig.executor, limit_s=PROFILE_S)
+    try:
+        sized, _ = make_scheduler(settings, rig.executor, limit_s=PROFILE_S)
+    except ConfigError:  # No budget keeps it now, though one did a moment ago.
+        return 0
     return sized.scheduler.token_budget
 
 

@@ -32,7 +32,7 @@ def summarize(run: LoadRecord, level: ServiceLevel, *, seed: int = 0) -> dict[st
         "num_failed": len(measured) - len(good),
         "status": dict(Counter(record.status for record in measured)),
         "elapsed_s": run.elapsed_s,
-        "offered_qps": len(measured) / max(_arrival_span_s(measured), 1e-9),
+        "offered_qps": (len(measured) - 1) / max(_arrival_span_s(measured), 1e-9),
         "requests_per_s": len(good) / span_s,
         "output_tokens_per_s": sum(record.num_tokens for record in good) / span_s,
         "num_output_tokens": sum(record.num_tokens for record in good),

@@ -71,12 +71,12 @@ def test_intervals_resample_requests_not_gaps() -> None:
 def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     covered = 0
-    for _ in range(60):
+    for _ in range(40):
         figures = distribution_ms([rng.exponential(0.01, 1) for _ in range(80)], rng)
         assert figures is not None
         low, high = figures["ci95"]["mean"]
         covered += low <= 10 <= high
-    assert covered >= 51
+    assert covered >= 33
 
 
 def test_goodput_counts_requests_that_keep_both_goals() -> None:

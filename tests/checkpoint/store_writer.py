@@ -115,6 +115,8 @@ def _strike(signal_name: str, count: int = 1, contains: str = "", from_open: boo
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.Signals[signal_name])
+                # A stop reaches this thread a little later: not after the call, though.
+                time.sleep(0.3)
 
     sys.addaudithook(hook)
 

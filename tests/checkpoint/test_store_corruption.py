@@ -8,8 +8,10 @@ import os
 import random
 import resource
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,11 @@ import pytest
 import tensorstore as ts
 from store_writer import equals_tree, tree_of
 
-from checkpoint.store import CorruptStep, Store, StoreReader, StoreUnreadable
+from checkpoint.store import CorruptStep, SaveFailed, Store, StoreReader, StoreUnreadable
+from checkpoint.store.commit import CommitRecord
+from checkpoint.store.durable import sha256_hex, sha256_of_file
+from checkpoint.store.manifest import FileRecord
+from checkpoint.store.verification import load_manifest
 
 NEWEST, OLDER = 2, 1
 BIG = ("params.layers.w", "opt_state.mu")
@@ -254,6 +260,50 @@ def test_fall_back_is_loud_and_names_the_file(
     with pytest.raises(CorruptStep, match=where.split("/")[0]):
         lab.store.restore(NEWEST, tree_of(NEWEST))
     lab.store.close()
+
+
+def test_array_digests_hold_even_if_the_files_digests_were_made_anew(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, seed=8)
+    where = flip_in_data(lab)
+    manifest = load_manifest(lab.folder, NEWEST)
+    record = FileRecord(manifest.files[where].size_bytes, sha256_of_file(lab.folder / where))
+    data = replace(manifest, files={**manifest.files, where: record}).encode()
+    (lab.folder / "manifest.json").write_bytes(data)
+    commit = CommitRecord.decode((lab.folder / "commit.json").read_bytes())
+    commit = replace(commit, manifest_sha256=sha256_hex(data))
+    (lab.folder / "commit.json").write_bytes(commit.encode())
+    (problem,) = lab.store.verify(NEWEST).problems
+    assert problem.where.startswith("array ")
+    with pytest.raises(CorruptStep, match="its values are not those saved"):
+        lab.store.restore(NEWEST, tree_of(NEWEST))
+    assert lab.store.latest_good() == OLDER
+    lab.store.close()
+
+
+def test_values_that_were_written_wrong_are_not_committed(tmp_path: Path) -> None:
+    flipped: list[Path] = []
+    armed = True
+
+    def flip_before_orbax_is_done(event: str, arguments: tuple[object, ...]) -> None:
+        if armed and event == "os.rename" and "orbax-checkpoint-tmp" in str(arguments[0]):
+            (path, *_) = sorted(
+                Path(str(arguments[0])).rglob("d/*"), key=lambda p: -p.stat().st_size
+            )
+            flip_a_bit(path, 100, 3)
+            flipped.append(path)
+
+    with Store(tmp_path) as store:
+        store.save(1, tree_of(1)).wait()
+        sys.addaudithook(flip_before_orbax_is_done)
+        try:
+            with pytest.raises(SaveFailed, match="params/layers/w read back"):
+                store.save(2, tree_of(2)).wait()
+        finally:
+            armed = False
+        assert flipped
+        assert store.steps() == [1]
+        store.save(2, tree_of(2)).wait()
+        assert store.latest_good() == 2
 
 
 def test_a_reader_skips_damage_and_leaves_it_in_place(tmp_path: Path) -> None:

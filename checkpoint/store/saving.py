@@ -163,10 +163,10 @@ class SaveTask:
             if not begin_publishing():
                 raise SaveTimedOut(f"step {self.step} was given up")
             self.gate.publish(staged, self.layout.step(self.step))
-        except SaveFailed:
-            raise
         except Exception as error:
             self.gate.check()  # A newer writer clears staging: that is then the reason.
+            if isinstance(error, SaveFailed):
+                raise
             reason = f"{type(error).__name__}: {error}".replace(f"{staged}/", "")
             reason = reason.splitlines()[0][:MAX_REASON_CHARS]
             raise SaveFailed(

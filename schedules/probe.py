@@ -42,7 +42,9 @@ def probe_positions(opt_state: Any, config: TunerConfig, step: int) -> range:
     Nothing is read from the devices at the steps between probes, so the train loop
     stays asynchronous there. At the others two numbers are read that are the same
     on every host, so every host comes to the same answer. After a stop in the
-    middle of a probe, it holds the batches that are left.
+    middle of a probe, it goes on with the batch that comes next. The batches of a
+    probe are spread over the updates of its interval: one moment's direction, and
+    momentum that has overshot, say less than several.
 
     Args:
         opt_state: State of an optimizer with one `lr_tuner` in it.
@@ -50,12 +52,12 @@ def probe_positions(opt_state: Any, config: TunerConfig, step: int) -> range:
         step: Updates made so far, counted by the host.
 
     Returns:
-        Positions in the probe; empty if there is nothing to measure.
+        The position in the probe of the batch to measure, or nothing.
 
     Raises:
         ScheduleError: The state has another count: it is not that of this step.
     """
-    if step == 0 or step % config.probe_interval:
+    if step == 0 or step % config.batch_interval:
         return range(0)
     state = tuner_state(opt_state)
     count = int(state.num_updates)
@@ -64,9 +66,10 @@ def probe_positions(opt_state: Any, config: TunerConfig, step: int) -> range:
             f"step {step}, but the tuner has seen {count} updates: count real updates from 0, "
             "and restore the optimizer state together with the step"
         )
-    if int(state.phase) not in (RAMP, EXPLOIT) or int(state.probed_at) == count:
+    if int(state.phase) not in (RAMP, EXPLOIT) or int(state.measured_at) == count:
         return range(0)
-    return range(int(state.probe_pos), config.num_batches)
+    position = int(state.probe_pos)
+    return range(position, position + 1)
 
 
 def direction_of(
@@ -95,11 +98,10 @@ def direction_of(
 def probe_direction(
     optimizer: optax.GradientTransformation, loss_fn: LossFn
 ) -> Callable[[Any, Any, Any], Any]:
-    """A compiled (params, opt_state, batch) -> direction, for all positions of a probe.
+    """A compiled (params, opt_state, batch) -> direction.
 
     Give it the batch of the update to come, so that the probe looks where that
-    update will go. A pure function of its arguments: after a stop in the middle of
-    a probe it gives the same direction again.
+    update will go. A pure function of its arguments.
 
     Args:
         optimizer: The whole chain, ending in `lr_tuner`.
@@ -146,7 +148,11 @@ def record_losses(opt_state: Any, losses: jax.Array, config: TunerConfig) -> Any
     state = tuner_state(opt_state)
     losses = jnp.asarray(losses, jnp.float32)
     differences = (losses - losses[0]).at[0].set(losses[0])
-    summed = state._replace(loss_sums=state.loss_sums + differences, probe_pos=state.probe_pos + 1)
+    summed = state._replace(
+        loss_sums=state.loss_sums + differences,
+        probe_pos=state.probe_pos + 1,
+        measured_at=state.num_updates,
+    )
 
     def finished(state: TunerState) -> TunerState:
         return after_probe(config, state)

@@ -29,8 +29,9 @@ def lr_tuner(config: TunerConfig) -> optax.GradientTransformationExtraArgs:
     a few rates along it on batches that took no part in it, and fits a parabola.
     The variants differ in what they do with its vertex:
 
-    * `auto` (this project's own): follow it in a short ramp, until it stops asking
-      for more; the peak is `peak_factor` times the median of the vertices; then
+    * `auto` (this project's own): double the rate while the vertex lies beyond the
+      rates tried; the first that does not ends the growth, a few more make sure;
+      the peak is `peak_factor` times the median of the vertices; then
       hold the peak and decay linearly to 0, as in Knee. No probes after the ramp.
     * `explore_exploit` (the paper's idea as far as it is public): for
       `explore_fraction` of the run the rate only rises towards the median of the
@@ -41,7 +42,7 @@ def lr_tuner(config: TunerConfig) -> optax.GradientTransformationExtraArgs:
 
     The guards of the first two: a probe changes the rate at most `max_growth` fold;
     probes whose losses are flat, not finite or not explained by the parabola are
-    rejected, and two in a row end auto's ramp at the rate reached; no growth while
+    rejected, and two in a row end auto's ramp with the estimates so far; no growth while
     the mean train loss rises; three train losses in a row above `rollback_factor`
     times the recent median, or one that is not finite, halve the rate for good (at
     most once per probe interval), and the update of a loss that is not finite is zero.
@@ -62,7 +63,7 @@ def lr_tuner(config: TunerConfig) -> optax.GradientTransformationExtraArgs:
         A quadratic whose best constant rate is 1 / 4:
 
         >>> import jax, jax.numpy as jnp, optax, schedules
-        >>> config = schedules.TunerConfig(total_steps=100, initial_lr=0.01, probe_every=2)
+        >>> config = schedules.TunerConfig(total_steps=240, initial_lr=0.01, num_batches=1)
         >>> optimizer = optax.chain(optax.scale(-1.0), schedules.lr_tuner(config))
         >>> def loss_fn(params, batch):
         ...     return jnp.sum(2.0 * (params - batch) ** 2)
@@ -76,10 +77,8 @@ def lr_tuner(config: TunerConfig) -> optax.GradientTransformationExtraArgs:
         >>> params, batch = jnp.full(3, 5.0), jnp.ones(3)
         >>> opt_state = optimizer.init(params)
         >>> for step in range(8):
-        ...     direction = None
         ...     for position in schedules.probe_positions(opt_state, config, step):
-        ...         if direction is None:
-        ...             direction = direction_of(params, opt_state, batch)
+        ...         direction = direction_of(params, opt_state, batch)
         ...         opt_state = probe_step(params, opt_state, direction, batch)
         ...     params, opt_state = train_step(params, opt_state, batch)
         >>> round(float(schedules.current_lr(opt_state)), 4)

@@ -21,14 +21,15 @@ class TunerConfig:
             with each probe until the loss says otherwise.
         variant: `auto`, `explore_exploit`, or one of the negative controls `greedy` and
             `running_max`, which are here to be measured and not to be used.
-        probe_every: Updates between probes; unless given, so many that 24 probes fit
-            into the longest ramp.
+        probe_every: Updates between probes, over which their batches are spread; unless given,
+            so many that 24 probes fit into the longest ramp.
         rate_multiples: Rates tried by a probe, in terms of the current one; from 0 upwards.
         num_batches: Independent batches that a probe averages over.
         max_lr: The rate is never above it.
         max_growth: Largest change of the rate by one probe, up or down.
         min_r_squared: Share of the losses' variance that the parabola must explain.
-        min_estimates: auto: optimal rates to have seen before the ramp may end.
+        min_estimates: Optimal rates to have seen before their median counts; with so many,
+            auto ends its ramp.
         peak_factor: auto: the peak in terms of the median of the optimal rates seen.
         max_ramp_fraction: auto: share of the run after which the ramp ends in any case.
         explore_fraction: Share of the run at the peak (auto), or spent exploring (others).
@@ -50,7 +51,7 @@ class TunerConfig:
     max_lr: float = 1.0
     max_growth: float = 2.0
     min_r_squared: float = 0.5
-    min_estimates: int = 3
+    min_estimates: int = 5
     peak_factor: float = 2.0
     max_ramp_fraction: float = 0.2
     explore_fraction: float = 0.5
@@ -94,6 +95,11 @@ class TunerConfig:
         if self.probe_every is not None:
             return self.probe_every
         return max(1, round(self.total_steps * self.max_ramp_fraction / 24))
+
+    @property
+    def batch_interval(self) -> int:
+        """Updates between the batches of a probe."""
+        return max(1, self.probe_interval // self.num_batches)
 
     @property
     def max_ramp_steps(self) -> int:

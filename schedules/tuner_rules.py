@@ -27,20 +27,21 @@ def after_probe(config: TunerConfig, state: TunerState) -> TunerState:
     """The state once the losses of a probe's last batch are in.
 
     The parabola is trusted if the losses are finite, not flat to float32's
-    resolution, and explained by it to `min_r_squared`. A trusted one says either
-    "the optimum is here" (a > 0 and the vertex within the rates tried) or "beyond
-    the largest rate tried" (no such vertex, and the largest rate has the lowest
-    loss). Anything else is rejected and changes nothing, but that a loss which is
-    not finite lowers the rate as far as one probe may.
+    resolution, and explained by it to `min_r_squared`. A trusted one says "the
+    optimum is here" (a > 0 and the vertex within the rates tried), "beyond the
+    largest rate tried" (no such vertex, and the largest rate has the lowest loss)
+    or "uphill" (rate 0 has it: recent updates were too long), which counts as the
+    lowest rate that one probe may set. Anything else is rejected and changes
+    nothing, but that a loss which is not finite lowers the rate as far as it may.
     """
     means = state.loss_sums / config.num_batches
     differences = means.at[0].set(0.0)
     fit = fit_parabola(config.rate_multiples, differences)
-    found, beyond = _verdict(config, fit, means[0], differences)
+    found, beyond, uphill = _verdict(config, fit, means[0], differences)
     lowest, highest = state.lr / config.max_growth, state.lr * config.max_growth
     optimum = state.lr * fit.vertex
     target = jnp.where(found, jnp.clip(optimum, lowest, highest), state.lr)
-    target = jnp.where(beyond, highest, target)
+    target = jnp.where(beyond, highest, jnp.where(uphill, lowest, target))
     target = jnp.where(jnp.all(jnp.isfinite(differences)), target, lowest)
     window_loss = state.window_sum / jnp.maximum(state.window_steps, 1)
     has_risen = window_loss > state.last_window_loss * (1.0 + config.loss_tolerance)
@@ -48,8 +49,9 @@ def after_probe(config: TunerConfig, state: TunerState) -> TunerState:
         target = jnp.where(has_risen, jnp.minimum(target, state.lr), target)
     # Once there are estimates, one that lies beyond counts as the largest rate tried: leaving it
     # out would pull the median down. Before, it only says that the ramp is not there yet.
-    counts = found | (beyond & (state.num_rates >= config.min_estimates))
+    counts = found | uphill | (beyond & (state.num_rates > 0))
     estimate = jnp.where(found, optimum, state.lr * config.rate_multiples[-1])
+    estimate = jnp.where(uphill, lowest, estimate)
     log_rate = jnp.log(jnp.where(counts, estimate, 1.0))
     rates, num_rates = push(state.log_rates, state.num_rates, log_rate)
     judged = state._replace(
@@ -58,27 +60,25 @@ def after_probe(config: TunerConfig, state: TunerState) -> TunerState:
         loss_sums=jnp.zeros_like(state.loss_sums),
         probe_pos=jnp.zeros_like(state.probe_pos),
         num_probes=state.num_probes + 1,
-        probed_at=state.num_updates,
-        num_rejected=jnp.where(found | beyond, 0, state.num_rejected + 1),
+        num_rejected=jnp.where(found | beyond | uphill, 0, state.num_rejected + 1),
         coefficients=fit.coefficients,
         r_squared=fit.r_squared,
         window_sum=jnp.zeros_like(state.window_sum),
         window_steps=jnp.zeros_like(state.window_steps),
         last_window_loss=jnp.where(state.window_steps > 0, window_loss, state.last_window_loss),
     )
-    target = jnp.minimum(target, config.max_lr)
-    return _follow(config, judged, target, has_grown=beyond | (found & (optimum > state.lr)))
+    return _follow(config, judged, jnp.minimum(target, config.max_lr))
 
 
 def _verdict(
     config: TunerConfig, fit: Parabola, base_loss: jax.Array, differences: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Whether the optimum was found, and whether it lies beyond the rates tried."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whether the optimum was found, lies beyond the rates tried, or at none of them."""
     largest = config.rate_multiples[-1]
     has_minimum = fit.coefficients[0] > 0
     if not config.is_guarded:
         # The controls believe every parabola; an uphill direction asks for the lowest rate.
-        return has_minimum, jnp.isfinite(fit.r_squared) & ~has_minimum
+        return has_minimum, jnp.isfinite(fit.r_squared) & ~has_minimum, jnp.zeros((), bool)
     resolution = 8.0 * jnp.finfo(jnp.float32).eps * jnp.abs(base_loss)
     is_trusted = (
         jnp.all(jnp.isfinite(differences))
@@ -87,21 +87,23 @@ def _verdict(
     )
     found = is_trusted & has_minimum & (fit.vertex > 0) & (fit.vertex <= largest)
     is_falling = jnp.argmin(differences) == len(config.rate_multiples) - 1
-    return found, is_trusted & is_falling & (fit.vertex > largest)
+    is_lowest_here = jnp.argmin(differences) == 0
+    uphill = is_trusted & is_lowest_here & ~found
+    return found, is_trusted & is_falling & (fit.vertex > largest), uphill
 
 
-def _follow(
-    config: TunerConfig, state: TunerState, target: jax.Array, has_grown: jax.Array
-) -> TunerState:
+def _follow(config: TunerConfig, state: TunerState, target: jax.Array) -> TunerState:
     """Moves the rate as the variant does."""
     if config.variant == "greedy":
         return state._replace(lr=target)
     if config.variant == "running_max":
         return state._replace(lr=jnp.maximum(state.lr, target))
     if config.variant == "auto":
-        moved = state._replace(lr=target)
-        is_over = ~has_grown & (state.num_rejected == 0)
-        is_over &= state.num_rates >= config.min_estimates
+        # The first estimate ends the growth: a hot run would ask for more and more.
+        moved = state._replace(
+            lr=jnp.where(state.num_rates > 1, jnp.minimum(target, state.lr), target)
+        )
+        is_over = state.num_rates >= config.min_estimates
         is_over |= state.num_rejected >= 2
         return _select(is_over, _hold(config, moved), moved)
     # explore_exploit: the median decides once there is one, so that no single probe can.
@@ -151,8 +153,7 @@ def _rolled_back(config: TunerConfig, state: TunerState) -> TunerState:
 def _hold(config: TunerConfig, state: TunerState) -> TunerState:
     """The end of the ramp: the peak is set, and with it the rest of the run."""
     optimum = jnp.exp(median(state.log_rates, state.num_rates))
-    has_optimum = state.num_rates >= config.min_estimates
-    peak = jnp.where(has_optimum, config.peak_factor * optimum, state.lr)
+    peak = jnp.where(state.num_rates > 0, config.peak_factor * optimum, state.lr)
     return state._replace(
         phase=jnp.full_like(state.phase, HOLD),
         peak=jnp.minimum(peak, config.max_lr),

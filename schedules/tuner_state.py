@@ -39,7 +39,7 @@ class TunerState(NamedTuple):
             others of its difference from that.
         probe_pos: int32[], batches of this probe that are done.
         num_probes: int32[], probes finished.
-        probed_at: int32[], count at which the latest of them was made; -1 before the first.
+        measured_at: int32[], count at which the latest batch was measured; -1 before the first.
         num_rejected: int32[], probes in a row that said nothing.
         coefficients: float32[3], latest parabola a x^2 + b x + c with x in terms of the rate.
         r_squared: float32[], share of the losses' variance that it explains.
@@ -62,7 +62,7 @@ class TunerState(NamedTuple):
     loss_sums: jax.Array
     probe_pos: jax.Array
     num_probes: jax.Array
-    probed_at: jax.Array
+    measured_at: jax.Array
     num_rejected: jax.Array
     coefficients: jax.Array
     r_squared: jax.Array
@@ -96,7 +96,7 @@ def initial_state(config: TunerConfig) -> TunerState:
         loss_sums=jnp.zeros(len(config.rate_multiples), jnp.float32),
         probe_pos=whole(0),
         num_probes=whole(0),
-        probed_at=whole(-1),
+        measured_at=whole(-1),
         num_rejected=whole(0),
         coefficients=jnp.zeros(3, jnp.float32),
         r_squared=real(0.0),

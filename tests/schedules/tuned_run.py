@@ -73,10 +73,9 @@ class Run:
     def ticks(self) -> Iterator[tuple[int, int]]:
         """(step, batches of its probe that are done): what has just been reached."""
         while self.step < self.config.total_steps:
-            direction, train_batch = None, self._batch(1, self.step)
+            train_batch = self._batch(1, self.step)
             for position in schedules.probe_positions(self.opt_state, self.config, self.step):
-                if direction is None:
-                    direction = self.direction_of(self.params, self.opt_state, train_batch)
+                direction = self.direction_of(self.params, self.opt_state, train_batch)
                 probe_batch = self._batch(2, self.step, position)
                 self.opt_state = self.probe_step(
                     self.params, self.opt_state, direction, probe_batch

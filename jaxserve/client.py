@@ -8,9 +8,9 @@ with Client("127.0.0.1:50051") as client:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -23,6 +23,9 @@ from jaxserve.server.metadata import FIELD_KEY, REQUEST_ID_KEY
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
 
 MAX_MESSAGE_BYTES = 64 << 20
 POLL_S = 0.1
@@ -115,13 +118,13 @@ class Client:
         return bool(response.outcome == inference_pb2.ABORT_OUTCOME_ABORTED)
 
     def server_info(self) -> control_pb2.GetServerInfoResponse:
-        return _unary(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())  # type: ignore[no-any-return]
+        return _unary(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
 
     def model_info(self) -> control_pb2.GetModelInfoResponse:
-        return _unary(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())  # type: ignore[no-any-return]
+        return _unary(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())
 
     def load(self) -> control_pb2.GetLoadResponse:
-        return _unary(self._control.GetLoad, control_pb2.GetLoadRequest())  # type: ignore[no-any-return]
+        return _unary(self._control.GetLoad, control_pb2.GetLoadRequest())
 
     def is_serving(self) -> bool:
         """Whether the health service says SERVING; False when nothing answers."""
@@ -154,7 +157,7 @@ class Client:
         self.close()
 
 
-def _unary(method: Any, request: Any) -> Any:
+def _unary(method: Callable[[_Request], _Response], request: _Request) -> _Response:
     try:
         return method(request)
     except grpc.RpcError as error:

@@ -1,0 +1,1 @@
+"""Training: elastic, preemptible, the same bits on any number of devices."""

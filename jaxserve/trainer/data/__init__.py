@@ -1,0 +1,1 @@
+"""Training data: prepared once into an indexed cache, then read by example id."""

@@ -1,0 +1,1 @@
+"""Real text and chats for training, from packages of the usual registries."""

@@ -92,6 +92,12 @@ class Runner(Protocol):
         and together the whole buffer. Does not touch the other bytes."""
         ...
 
+    def state_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The (offset, size) in bytes of what `store_state` writes, the same at every step. Over
+        all processes they cover the buffer without overlap, the gaps between segments included:
+        the supervisor checks digests of exactly these bytes."""
+        ...
+
     def evaluate(self) -> EvalRecord:
         """Loss over the evaluation set, without dropout. Changes nothing."""
         ...

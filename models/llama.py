@@ -31,9 +31,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
-from models.ops.linear import Linear, matmul_precision
+from models.ops.linear import Linear, attach_adapters, matmul_precision
 from models.ops.norm import rms_norm
 from models.ops.rope import apply_rope, rope_angles
+from models.training_hooks import NO_HOOKS, Branch, TrainingHooks
 
 Params: TypeAlias = dict[str, Any]
 """Nested dict of arrays, as drawn above."""
@@ -132,12 +133,17 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Cache]],
+        branch_output: Callable[[jax.Array, Branch], jax.Array],
     ) -> tuple[jax.Array, Cache]:
-        """Run the layer on `x[T, E]`; `rope` is `(cos, sin)`, each `float32[T, D/2]`."""
+        """Run the layer on `x[T, E]`; `rope` is `(cos, sin)`, each `float32[T, D/2]`.
+
+        `branch_output` is what training does to a branch before it is added to `x`.
+        """
         q, k, v = self.attention.project(self.attention_norm(x))
         attended, cache = attend(apply_rope(q, *rope), apply_rope(k, *rope), v)
-        x = x + self.attention.output(attended.astype(x.dtype))
-        return x + self.mlp(self.mlp_norm(x)), cache
+        attention = self.attention.output(attended.astype(x.dtype))
+        x = x + branch_output(attention, "attention")
+        return x + branch_output(self.mlp(self.mlp_norm(x)), "mlp"), cache
 
 
 @lru_cache(maxsize=32)
@@ -200,6 +206,7 @@ def run_layers(
     positions: jax.Array,
     cache: Cache,
     attend: Attend[Cache],
+    hooks: TrainingHooks = NO_HOOKS,
 ) -> tuple[jax.Array, Cache]:
     """All L decoder layers as one `lax.scan`.
 
@@ -211,6 +218,7 @@ def run_layers(
         cache: any pytree, for example the KV pool. It rides in the scan's carry, where
             XLA updates it in place.
         attend: see `Attend`.
+        hooks: what training adds; the default adds nothing.
 
     Returns:
         `(x [T, E], cache)`.
@@ -218,27 +226,41 @@ def run_layers(
     graph = _layer_graph(config)
     rope = rope_angles(config, positions)
 
+    adapters = {} if hooks.lora is None else hooks.lora.adapters["layers"]
+
     def body(
-        carry: tuple[jax.Array, Cache], layer_params: tuple[Params, jax.Array]
+        carry: tuple[jax.Array, Cache], layer_inputs: tuple[Params, Params, jax.Array]
     ) -> tuple[tuple[jax.Array, Cache], tuple[()]]:
         rows, layer_cache = carry
-        state, layer_index = layer_params
+        state, layer_adapters, layer_index = layer_inputs
         layer = nnx.merge(graph, state)
+        if hooks.lora is not None:
+            attach_adapters(layer, layer_adapters, hooks.lora.scale)
         rows, layer_cache = layer(
-            rows, rope, lambda q, k, v: attend(q, k, v, layer_cache, layer_index)
+            rows,
+            rope,
+            lambda q, k, v: attend(q, k, v, layer_cache, layer_index),
+            lambda out, branch: hooks.branch_output(out, layer_index, branch),
         )
         return (rows, layer_cache), ()
 
     layer_indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    (x, cache), _ = lax.scan(body, (x, cache), (params["layers"], layer_indices))
+    layers = (params["layers"], adapters, layer_indices)
+    (x, cache), _ = lax.scan(hooks.wrap_layer(body), (x, cache), layers)
     return x, cache
+
+
+def logits_params(config: ModelConfig) -> tuple[str, ...]:
+    """The top-level entries of the parameters that `logits` reads."""
+    return ("final_norm", "embed" if config.tie_word_embeddings else "lm_head")
 
 
 def logits(params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
     """Final norm and LM head: `x [N, E]` to `float32[N, V]`."""
     normed = rms_norm(x, params["final_norm"], config.rms_norm_eps)
-    head, head_axes = params["embed"], "ve"
-    if not config.tie_word_embeddings:
+    if config.tie_word_embeddings:
+        head, head_axes = params["embed"], "ve"
+    else:
         head, head_axes = params["lm_head"], "ev"
     return jnp.einsum(
         f"ne,{head_axes}->nv",

@@ -13,6 +13,7 @@ from checkpoint.name_table import NameTable
 from models import llama, llama_names
 from models.config import ModelConfig
 from models.llama import Attend, Cache, Params
+from models.training_hooks import TrainingHooks
 
 
 class RunLayers(Protocol):
@@ -26,6 +27,7 @@ class RunLayers(Protocol):
         positions: jax.Array,
         cache: Cache,
         attend: Attend[Cache],
+        hooks: TrainingHooks = ...,
     ) -> tuple[jax.Array, Cache]: ...
 
 
@@ -39,6 +41,8 @@ class ModelFamily:
     embed: Callable[[Params, ModelConfig, jax.Array], jax.Array]
     run_layers: RunLayers
     logits: Callable[[Params, ModelConfig, jax.Array], jax.Array]
+    logits_params: Callable[[ModelConfig], tuple[str, ...]]
+    """The top-level entries of the parameters that `logits` reads."""
     name_tables: Mapping[str, Callable[[ModelConfig], NameTable]]
     """File convention ("hf" or "gguf") to the table for a config."""
 
@@ -50,6 +54,7 @@ LLAMA = ModelFamily(
     embed=llama.embed,
     run_layers=llama.run_layers,
     logits=llama.logits,
+    logits_params=llama.logits_params,
     name_tables={"hf": llama_names.hf_name_table, "gguf": llama_names.gguf_name_table},
 )
 

@@ -1,6 +1,10 @@
-"""A dense projection with its kernel as `[in, out]`."""
+"""A dense projection with its kernel as `[in, out]`, and low-rank adapters beside it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,22 @@ from jax.typing import DTypeLike
 def matmul_precision(dtype: DTypeLike) -> lax.Precision:
     """Full float32 products for float32 arrays: GPUs would else round them to TF32."""
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """LoRA (Hu et al. 2021, section 4.1): `scale * x @ a @ b` is added to `x @ kernel`."""
+
+    a: jax.Array
+    """`[in, r]`"""
+    b: jax.Array
+    """`[r, out]`"""
+    scale: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        precision = matmul_precision(self.a.dtype)
+        low = jnp.matmul(x, self.a, precision=precision)
+        return self.scale * jnp.matmul(low, self.b, precision=precision)
 
 
 class Linear(nnx.Module):
@@ -44,8 +64,28 @@ class Linear(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(jnp.zeros((out_features,), dtype))
         self.use_bias = use_bias
+        self.adapter: Adapter | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
         out = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
-        return out + self.bias[...] if self.use_bias else out
+        if self.use_bias:
+            out = out + self.bias[...]
+        return out if self.adapter is None else out + self.adapter(x).astype(out.dtype)
+
+
+def attach_adapters(module: nnx.Module, adapters: Mapping[str, Any], scale: float) -> None:
+    """Give `module`'s projections their adapters.
+
+    Args:
+        module: a layer of its own, for example one that was merged inside a scan's body.
+        adapters: nested like the module's parameters, with `{"a": [in, r], "b": [r, out]}`
+            where they have a projection's kernel.
+        scale: of every adapter.
+    """
+    for name, part in adapters.items():
+        child = getattr(module, name)
+        if isinstance(child, Linear):
+            child.adapter = Adapter(part["a"], part["b"], scale)
+        else:
+            attach_adapters(child, part, scale)

@@ -1,0 +1,99 @@
+"""Cross-entropy over a large vocabulary whose logits are never kept.
+
+The loss is a sum, so its gradient by the logits is known as soon as they are: the forward
+pass turns each chunk of rows into its loss and its gradients by the hidden rows and the head,
+and the logits `[chunk, V]` are gone before the next chunk. The backward pass only scales.
+Nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Head: TypeAlias = Any
+Logits: TypeAlias = Callable[[Head, jax.Array], jax.Array]
+
+MAX_LOGITS_BYTES = 512 * 2**20
+"""Of one chunk. Fewer chunks are faster: each adds its gradient to the whole head's."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weighted_nll_sum(
+    logits: Logits, head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Sum of `weights * -log softmax(logits(head, x))[targets]`.
+
+    Args:
+        logits: `(head, x [N, E]) -> float32[N, V]`.
+        head: pytree of the parameters that `logits` uses.
+        x: `[N, E]`.
+        targets: `int32[N]`.
+        weights: `float32[N]`; not differentiated.
+
+    Returns:
+        `float32[]`.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for rows in _chunks(logits, head, x):
+        total += _chunk_nll(logits(head, x[rows]), targets[rows], weights[rows])[0]
+    return total
+
+
+def _forward(
+    logits: Logits, head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[Head, jax.Array]]:
+    """The loss, and as residuals its gradients by the head and by `x`."""
+    total = jnp.zeros((), jnp.float32)
+    head_gradient = None
+    row_gradients = []
+    for rows in _chunks(logits, head, x):
+        values, pull_back = jax.vjp(logits, head, x[rows])
+        nll, values_gradient = _chunk_nll(values, targets[rows], weights[rows])
+        total += nll
+        for_head, for_rows = pull_back(values_gradient)
+        row_gradients.append(for_rows)
+        # Chunks are added in float32, whatever the dtype of the head.
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), for_head)
+        head_gradient = (
+            wide if head_gradient is None else jax.tree.map(jnp.add, head_gradient, wide)
+        )
+    head_gradient = jax.tree.map(lambda sum_, leaf: sum_.astype(leaf.dtype), head_gradient, head)
+    return total, (head_gradient, jnp.concatenate(row_gradients))
+
+
+def _backward(
+    logits: Logits, gradients: tuple[Head, jax.Array], scale: jax.Array
+) -> tuple[Head, jax.Array, None, None]:
+    del logits
+    head, rows = jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), gradients)
+    return head, rows, None, None
+
+
+weighted_nll_sum.defvjp(_forward, _backward)
+
+
+def _chunk_nll(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`logits float32[n, V]` to `(loss float32[], gradient by the logits float32[n, V])`."""
+    is_target = jnp.arange(logits.shape[1], dtype=targets.dtype) == targets[:, None]
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    loss = jnp.sum(weights * (log_total - target_logits))
+    probabilities = jnp.exp(logits - log_total[:, None])
+    return loss, weights[:, None] * (probabilities - is_target)
+
+
+def _chunks(logits: Logits, head: Head, x: jax.Array) -> Iterator[slice]:
+    """Equal ranges of rows (the last may be shorter) whose logits fit `MAX_LOGITS_BYTES`."""
+    num_rows = x.shape[0]
+    row_bytes = jax.eval_shape(logits, head, x[:1]).size * 4
+    num_chunks = -(-num_rows * row_bytes // MAX_LOGITS_BYTES)
+    size = -(-num_rows // num_chunks)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))

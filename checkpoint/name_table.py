@@ -30,10 +30,23 @@ class Transform:
     to_file: Callable[[Array], Array]
     file_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     """The file's shape for a leaf's shape."""
+    swaps_axes: bool = False
+    """Whether the leaf's first axis is the file's last one."""
+    num_groups: int | None = None
+    """Equal groups of the file's rows, such as heads, of which each is transformed as a whole;
+    None when each row is on its own."""
+    for_groups: Callable[[int], Transform] | None = None
+    """The same transform of an array that has only so many of the groups."""
+
+    def of_groups(self, num_groups: int) -> Transform:
+        """The transform for a part of the file's rows that has `num_groups` of its groups."""
+        return self if self.for_groups is None else self.for_groups(num_groups)
 
 
 IDENTITY = Transform("identity", lambda a: a, lambda a: a, lambda shape: shape)
-TRANSPOSE = Transform("transpose", lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1])
+TRANSPOSE = Transform(
+    "transpose", lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1], swaps_axes=True
+)
 
 
 def unpermute_rope(num_heads: int) -> Transform:
@@ -55,16 +68,29 @@ def unpermute_rope(num_heads: int) -> Transform:
         lambda a: regroup(a, (half(a), 2)),
         lambda a: regroup(a, (2, half(a))),
         lambda shape: shape,
+        num_groups=num_heads,
+        for_groups=unpermute_rope,
     )
 
 
 def chain(first: Transform, second: Transform) -> Transform:
-    """`first`, then `second`, on the way from the file to the leaf."""
+    """`first`, then `second`, on the way from the file to the leaf.
+
+    Only `first` may have groups: they are groups of the file's rows.
+    """
+    if second.num_groups is not None:
+        raise AssertionError(f"{second.name} after {first.name}: groups are of the file's rows")
+    names = [transform.name for transform in (first, second) if transform is not IDENTITY]
     return Transform(
-        f"{first.name}, {second.name}",
+        ", ".join(names) or IDENTITY.name,
         lambda a: second.to_leaf(first.to_leaf(a)),
         lambda a: first.to_file(second.to_file(a)),
         lambda shape: first.file_shape(second.file_shape(shape)),
+        swaps_axes=first.swaps_axes != second.swaps_axes,
+        num_groups=first.num_groups,
+        for_groups=None
+        if first.for_groups is None
+        else lambda num_groups: chain(first.of_groups(num_groups), second),
     )
 
 

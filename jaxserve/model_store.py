@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxserve.errors import ConfigError, JaxserveError
+from models.model_path import split_step
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all while a model is fetched."""
@@ -115,8 +116,10 @@ def resolve(
     text = os.fspath(name_or_path)
     if _find(text, catalog) is not None:
         return pull(text, progress, root=root, catalog=catalog)
-    if text and "\0" not in text and (path := Path(text).expanduser()).exists():
-        return path
+    if text and "\0" not in text:
+        path = Path(text).expanduser()
+        if split_step(path)[0].exists():  # DIR@STEP stays as it is: open_model cuts it.
+            return path
     raise ConfigError(f"--model {text!r} {_unknown(text, catalog)}, or a path that exists")
 
 

@@ -1,4 +1,4 @@
-"""open_model: a GGUF file or a Hugging Face folder, ready to load."""
+"""open_model: a GGUF file, a Hugging Face folder or one of our own, ready to load."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from checkpoint.formats.safetensors import SafetensorsFolder
 from checkpoint.name_table import NameTable
 from checkpoint.param_loading import Progress, load_params
 from checkpoint.tensor_source import TensorSource
+from models.checkpoint_model import is_model_folder, open_stored_model
 from models.config import ModelConfig
 from models.gguf_model import ROPE_FACTORS, config_from_gguf, tokenizer_from_gguf
 from models.hf_config import config_from_hf
 from models.llama import Params
+from models.model_path import split_step
+from models.own_names import SCANNED, UNSCANNED, own_name_table
 from models.registry import ModelFamily, get_family
 from models.tokenizer import Tokenizer
 
@@ -38,7 +41,7 @@ class ModelSource:
     config: ModelConfig
     tensors: TensorSource
     convention: str
-    """Key of the family's `name_tables`: "hf" or "gguf"."""
+    """Key of the family's `name_tables`, "hf" or "gguf", or one of models.own_names."""
     read_tokenizer: Callable[[], Tokenizer]
 
     @property
@@ -49,6 +52,8 @@ class ModelSource:
     @property
     def name_table(self) -> NameTable:
         """Which tensor of the file is which parameter."""
+        if self.convention in (SCANNED, UNSCANNED):
+            return own_name_table(self.config, self.convention)
         return self.family.name_tables[self.convention](self.config)
 
     def load_tokenizer(self) -> Tokenizer:
@@ -79,17 +84,24 @@ def open_model(path: str | Path) -> ModelSource:
     """Read a model's config and tensor headers, not its weights.
 
     Args:
-        path: a `.gguf` file, or a folder with `config.json` and safetensors files.
+        path: a `.gguf` file, a folder with `config.json` and safetensors files, or one with
+            `model.json` and checkpoints, such as a training run. `DIR@STEP` names a
+            checkpoint; else the newest one that is whole is taken.
 
     Raises:
         FormatError: not a model, or one that is not supported; the message says why.
+        StoreError: the folder's checkpoints are missing or damaged.
         FileNotFoundError: nothing is there.
     """
-    path = Path(path)
+    path, step = split_step(path)
     if path.is_dir():
+        if is_model_folder(path):
+            return _open_own(path, step)
+        if step is not None:
+            raise FormatError(f"{path} holds no model.json, so it has no step {step} to choose")
         return _open_folder(path)
     if not path.exists():
-        raise FileNotFoundError(f"no model at {path}; give a GGUF file or a Hugging Face folder")
+        raise FileNotFoundError(f"no model at {path}; give a GGUF file or a model's folder")
     if path.suffix.lower() != ".gguf":
         raise FormatError(
             f"{path.name} is not a model: give a .gguf file, or the folder that holds "
@@ -112,10 +124,24 @@ def _open_gguf(path: Path) -> ModelSource:
     )
 
 
+def _open_own(path: Path, step: int | None) -> ModelSource:
+    stored = open_stored_model(path, step)
+    return ModelSource(
+        name=path.resolve().name,
+        path=path,
+        config=stored.config,
+        tensors=stored.tensors,
+        convention=stored.convention,
+        read_tokenizer=stored.load_tokenizer,
+    )
+
+
 def _open_folder(path: Path) -> ModelSource:
     fields = _read_json(path / "config.json")
     if fields is None:
-        raise FormatError(f"{path} holds no config.json, so it is not a Hugging Face model folder")
+        raise FormatError(
+            f"{path} holds no config.json and no model.json, so it is not a model's folder"
+        )
     return ModelSource(
         name=path.resolve().name,
         path=path,

@@ -106,6 +106,11 @@ class Tokenizer:
         return text
 
     @property
+    def chat_template(self) -> str | None:
+        """The Jinja source, if the model has one."""
+        return self._template_source
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template_source is not None
 

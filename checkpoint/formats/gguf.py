@@ -9,23 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 
 from checkpoint.errors import FormatError
+from checkpoint.formats.gguf_blocks import PLAIN_DTYPES, decode_rows
 from checkpoint.formats.gguf_header import TensorEntry, parse_header
+from checkpoint.formats.location import TensorLocation
 from checkpoint.tensor_source import TensorInfo
-
-_PLAIN_DTYPES: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
-    GGMLQuantizationType.F32: np.dtype("<f4"),
-    GGMLQuantizationType.F16: np.dtype("<f2"),
-    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
-}
-_ELEMENTS_AT_A_TIME = 1 << 20
-"""Decoding works on this many elements, so that its temporaries stay small."""
 
 
 class GgufFile:
@@ -57,7 +48,7 @@ class GgufFile:
     def info(self, name: str) -> TensorInfo:
         """Shape, and the dtype in the file: "float32", or e.g. "Q4_1" when quantised."""
         entry = self._entry(name)
-        plain = _PLAIN_DTYPES.get(entry.type)
+        plain = PLAIN_DTYPES.get(entry.type)
         return TensorInfo(shape=entry.shape, dtype=entry.type.name if plain is None else plain.name)
 
     def num_stored_bytes(self, name: str) -> int:
@@ -69,10 +60,19 @@ class GgufFile:
         a read-only view of the file in its own dtype."""
         entry = self._entry(name)
         raw = np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.offset)
-        plain = _PLAIN_DTYPES.get(entry.type)
+        plain = PLAIN_DTYPES.get(entry.type)
         if plain is not None:
             return raw.view(plain).reshape(entry.shape)
-        return _dequantize(raw, entry)
+        return decode_rows(raw, entry.shape[-1], entry.type).reshape(entry.shape)
+
+    def location(self, name: str) -> TensorLocation:
+        """Where the bytes of `name` lie."""
+        entry = self._entry(name)
+        plain = PLAIN_DTYPES.get(entry.type)
+        return TensorLocation(
+            *(self.path, entry.offset, entry.num_bytes, entry.shape, plain),
+            quantization=entry.type if plain is None else None,
+        )
 
     def _entry(self, name: str) -> TensorEntry:
         try:
@@ -94,14 +94,3 @@ def _map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
-
-
-def _dequantize(raw: npt.NDArray[Any], entry: TensorEntry) -> npt.NDArray[Any]:
-    row_elements = entry.shape[-1]
-    num_rows = int(np.prod(entry.shape[:-1], dtype=np.int64))
-    rows = raw.reshape(num_rows, -1)
-    out = np.empty((num_rows, row_elements), np.float32)
-    step = max(1, _ELEMENTS_AT_A_TIME // row_elements)
-    for start in range(0, num_rows, step):
-        out[start : start + step] = dequantize(rows[start : start + step], entry.type)
-    return out.reshape(entry.shape)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpoint.errors import FormatError
+from checkpoint.formats.location import TensorLocation
 from checkpoint.tensor_source import TensorInfo
 
 SINGLE_FILE = "model.safetensors"
@@ -80,6 +81,19 @@ class SafetensorsFile:
         count = (entry.end - entry.begin) // entry.dtype.itemsize
         values = np.frombuffer(self._map, entry.dtype, count, entry.begin)
         return values.reshape(entry.info.shape)
+
+    def location(self, name: str) -> TensorLocation:
+        """Where the bytes of `name` lie."""
+        entry = self._entries[name]
+        return TensorLocation(
+            *(self.path, entry.begin, entry.end - entry.begin, entry.info.shape, entry.dtype)
+        )
+
+    @property
+    def header(self) -> bytes:
+        """The JSON header as it is in the file, with its padding."""
+        length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
+        return self._map[LENGTH_BYTES : LENGTH_BYTES + length]
 
     def _read_entries(self) -> dict[str, _Entry]:
         header, data_begin = self._read_header()
@@ -157,6 +171,16 @@ class SafetensorsFolder:
     def read(self, name: str) -> npt.NDArray[Any]:
         """A read-only view of the shard that holds `name`."""
         return self._files[name].read(name)
+
+    def location(self, name: str) -> TensorLocation:
+        """Where the bytes of `name` lie."""
+        return self._files[name].location(name)
+
+    @property
+    def files(self) -> Sequence[SafetensorsFile]:
+        """The shards, by file name."""
+        by_name = {file.path.name: file for file in self._files.values()}
+        return [by_name[name] for name in sorted(by_name)]
 
     def _open_shards(self, weight_map: Mapping[str, str]) -> dict[str, SafetensorsFile]:
         shards = {

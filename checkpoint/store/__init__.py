@@ -19,6 +19,7 @@ from checkpoint.store.errors import (
     UnsupportedLeaf,
 )
 from checkpoint.store.identity import ProcessIdentity
+from checkpoint.store.open_step import OpenStep
 from checkpoint.store.reader import Restored, StoreReader
 from checkpoint.store.retention import RetentionPolicy
 from checkpoint.store.saving import SaveHandle
@@ -30,6 +31,7 @@ __all__ = [
     "Fenced",
     "LeaseHeld",
     "NoGoodStep",
+    "OpenStep",
     "Problem",
     "ProcessIdentity",
     "Restored",

@@ -103,8 +103,16 @@ class ArrayReader:
             ValueError, OSError: it is not there, or the files cannot be understood.
             StoreUnreadable: the system refuses to read.
         """
+        return self.read_part(name, (slice(None),))
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> HostArray:
+        """The values of a part of one array: one slice an axis, missing ones mean all.
+
+        Raises: as `read`.
+        """
         try:
-            array: HostArray = np.asarray(self._open(name).read().result())
+            opened = self._open(name)
+            array: HostArray = np.asarray(opened[part[: opened.rank]].read().result())
         except ValueError as error:
             if str(error).startswith(_REFUSALS):
                 raise StoreUnreadable(f"{self._folder}: array {name}: {error}") from error

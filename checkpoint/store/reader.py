@@ -23,6 +23,7 @@ from checkpoint.store.errors import (
 )
 from checkpoint.store.layout import ARRAYS, COMMIT, StoreLayout
 from checkpoint.store.manifest import Manifest
+from checkpoint.store.open_step import OpenStep
 from checkpoint.store.orbax_io import ArrayReader
 from checkpoint.store.tree import HostArray, PyTree, fill
 from checkpoint.store.verification import (
@@ -148,6 +149,39 @@ class StoreReader:
             manifest = self._checked_manifest(folder, step)
             read = _VerifiedReads(folder, manifest)
             return {name: read(name) for name in manifest.arrays}
+
+    def open_step(self, step: int | None = None, *, check_files: bool = True) -> OpenStep:
+        """A step whose arrays are then read one at a time.
+
+        Args:
+            step: one of `steps()`; by default the newest whose files are what was saved.
+            check_files: compare every file with its digest first.
+
+        Raises:
+            StepNotFound: there is no such step.
+            CorruptStep: its manifest or its files are not what was saved.
+            NoGoodStep: no `step` was given, and none is whole.
+            StoreUnreadable: the system refuses to read.
+        """
+        for candidate in reversed(self.steps()) if step is None else [step]:
+            try:
+                return self._open_step(candidate, check_files)
+            except (CorruptStep, StepNotFound):
+                if step is not None:
+                    raise
+        self._check_never_used()
+        raise StepNotFound(f"{self.path}: nothing was saved to it yet")
+
+    def _open_step(self, step: int, check_files: bool) -> OpenStep:
+        with self._judging(), contextlib.ExitStack() as stack:
+            folder = stack.enter_context(self._pinned(step))
+            manifest = (self._checked_manifest if check_files else load_manifest)(folder, step)
+            # A lock of its own: it is given before the other one ends.
+            lock = self._open(folder / COMMIT)
+            if not try_lock(lock, fcntl.LOCK_SH):
+                lock.close()
+                raise StepNotFound(f"{self.path}: step {step} is just being deleted")
+            return OpenStep(folder, manifest, lock)
 
     def _restore(self, step: int, abstract: PyTree) -> Restored:
         with self._judging(), self._pinned(step) as folder:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoint.formats import gguf as gguf_module
+from checkpoint.formats import gguf_blocks
 from checkpoint.formats.gguf import GgufFile
 from checkpoint.formats.gguf_header import SUPPORTED_TYPES
 
@@ -183,7 +183,7 @@ def test_decoding_in_parts_gives_the_whole(tmp_path: Path, monkeypatch: pytest.M
     weight = np.random.default_rng(0).uniform(-1, 1, (37, 64)).astype(np.float32)
     path = write(tmp_path / "a.gguf", {"w": (gguf.quants.quantize(weight, TYPES.Q8_0), TYPES.Q8_0)})
     whole = GgufFile(path).read("w")
-    monkeypatch.setattr(gguf_module, "_ELEMENTS_AT_A_TIME", 64 * 5)
+    monkeypatch.setattr(gguf_blocks, "ELEMENTS_AT_A_TIME", 64 * 5)
     np.testing.assert_array_equal(GgufFile(path).read("w"), whole)
 
 

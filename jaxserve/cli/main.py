@@ -27,6 +27,7 @@ SUMMARIES = {
     "chat": "Talk with a model, in this terminal.",
     "generate": "Complete a prompt, or a file of prompts, without a server.",
     "bench": "Measure throughput and latency on this machine.",
+    "data": "Prepare training data, and look into it.",
     "simulate": "Try schedulers on published models and workloads, in virtual time.",
     "pull": "Download a model of the catalogue.",
     "models": "List and remove downloaded models.",

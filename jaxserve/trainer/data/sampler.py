@@ -13,13 +13,13 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from jaxserve.trainer.data.mixing import GOLDEN_64, mix64, mix64_int
+
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
 NUM_ROUNDS = 8
 MAX_SUBSTITUTE_TRIES = 256
-_MASK_64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 _SUBSTITUTE_STREAM = 0x5EED0F5B57117E00
 
 
@@ -95,20 +95,20 @@ class IndexSampler:
         mask = np.uint64((1 << self._half_bits) - 1)
         left, right = values >> half, values & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix64(right ^ key) & mask)
         return (left << half) | right
 
     def _replace_quarantined(self, ids: Int64Array, first_index: int) -> None:
         if not self.quarantined:
             return
-        stream = _mix_int(self.seed ^ _SUBSTITUTE_STREAM)
+        stream = mix64_int(self.seed ^ _SUBSTITUTE_STREAM)
         for row in np.flatnonzero(np.isin(ids, self._quarantined_ids)):
-            start = _mix_int(stream ^ (first_index + int(row)))
+            start = mix64_int(stream ^ (first_index + int(row)))
             ids[row] = self._substitute(start)
 
     def _substitute(self, start: int) -> int:
         for attempt in range(MAX_SUBSTITUTE_TRIES):
-            candidate = _mix_int(start + attempt * _GOLDEN) % self.num_examples
+            candidate = mix64_int(start + attempt * GOLDEN_64) % self.num_examples
             if candidate not in self.quarantined:
                 return candidate
         # Each try fails with a chance of at most one half.
@@ -117,20 +117,5 @@ class IndexSampler:
 
 def _round_keys(seed: int, epoch: int) -> list[np.uint64]:
     """One key a round, from a splitmix64 stream that (seed, epoch) starts."""
-    state = _mix_int(_mix_int(seed + _GOLDEN) ^ epoch)
-    return [np.uint64(_mix_int(state + number * _GOLDEN)) for number in range(1, NUM_ROUNDS + 1)]
-
-
-def _mix(values: UInt64Array) -> UInt64Array:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014); wraps modulo 2**64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _mix_int(value: int) -> int:
-    """`_mix` of one Python integer, taken modulo 2**64."""
-    value &= _MASK_64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
+    state = mix64_int(mix64_int(seed + GOLDEN_64) ^ epoch)
+    return [np.uint64(mix64_int(state + number * GOLDEN_64)) for number in range(1, NUM_ROUNDS + 1)]

@@ -49,7 +49,7 @@ def decompressed(file: HashingFile, suffix: str) -> io.BufferedReader:
     """
     if suffix.lower() == ".gz":
         buffered = io.BufferedReader(file, BUFFER_BYTES)
-        return io.BufferedReader(gzip.GzipFile(fileobj=buffered), BUFFER_BYTES)  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=buffered), BUFFER_BYTES)
     if suffix.lower() == ".zst":
         return io.BufferedReader(_ZstdFile(file), BUFFER_BYTES)
     return io.BufferedReader(file, BUFFER_BYTES)

@@ -125,16 +125,17 @@ def read_manifest(folder: Path) -> Manifest:
 def _from_fields(fields: dict[str, Any]) -> Manifest:
     """`fields` carry a valid digest, so they are as `Manifest.to_bytes` wrote them."""
     splits = {
-        name: SplitManifest(
-            **{
-                **split,
-                "files": {file: FileDigest(**digest) for file, digest in split["files"].items()},
-            }
-        )
-        for name, split in fields["splits"].items()
+        name: _split_from_fields(fields["splits"][name])
+        for name in SPLITS
+        if name in fields["splits"]
     }
     known = {key: value for key, value in fields.items() if key not in ("format", "version")}
     return Manifest(**{**known, "splits": splits, "sources": tuple(fields["sources"])})
+
+
+def _split_from_fields(fields: dict[str, Any]) -> SplitManifest:
+    files = {name: FileDigest(**digest) for name, digest in fields["files"].items()}
+    return SplitManifest(**{**fields, "files": files})
 
 
 def _canonical(value: Any) -> bytes:

@@ -57,22 +57,38 @@ def prepare(
 
     Raises:
         DataError: `out` exists, malformed sources (the message names file and line), other
-            unfinished work there.
+            unfinished work there, the disk is full.
         TokenizerError: a tokenizer without end token or chat template.
-        OSError: the disk is full.
     """
     if config.out.exists() and not config.force:
         raise DataError(f"{config.out} exists; give another --out, or --force to replace it")
     check_tokenizer(tokenizer, config.kind)
     sources = find_sources(config.sources, config.file_format)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     work = config.out.parent / f".{config.out.name}.preparing"
-    with _locked(work):
-        journal = _open_work(work, _plan(config, sources, tokenizer), tokenizer, config.force)
-        token_type = token_type_of(tokenizer.vocab_size)
-        journal = encode_sources(config, sources, work, token_type, journal, show, commit_every_s)
-        manifest = seal(config, sources, work, tokenizer, token_type, journal)
-        _publish(work, config.out)
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(work):
+            return _prepare(config, tokenizer, sources, work, show, commit_every_s)
+    except OSError as error:
+        raise DataError(
+            f"{config.out} cannot be written: {error.strerror or error}; mend that, and the same "
+            f"command goes on with what is in {work}"
+        ) from None
+
+
+def _prepare(
+    config: PrepareConfig,
+    tokenizer: Tokenizer,
+    sources: list[SourceFile],
+    work: Path,
+    show: ShowProgress,
+    commit_every_s: float,
+) -> Manifest:
+    journal = _open_work(work, _plan(config, sources, tokenizer), tokenizer, config.force)
+    token_type = token_type_of(tokenizer.vocab_size)
+    journal = encode_sources(config, sources, work, token_type, journal, show, commit_every_s)
+    manifest = seal(config, sources, work, tokenizer, token_type, journal)
+    _publish(work, config.out)
     return manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxserve.trainer.data.dataset import TokenDataset
 from jaxserve.trainer.data.errors import DataError
 from jaxserve.trainer.data.prepare import prepare
 from jaxserve.trainer.data.prepare_config import PrepareConfig
+from jaxserve.trainer.data.sources import PIECE_CHARACTERS
 from models.tokenizer import Tokenizer, TokenizerError
 from tests.trainer.data.rig import (
     END,
@@ -110,8 +112,8 @@ def test_every_format_gives_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_a_text_file_is_one_document_however_long(tmp_path: Path) -> None:
-    long = "\n".join(texts(9000, max_words=30))
-    assert len(long) > 3 * (1 << 18)
+    long = "\n".join(texts(11000, max_words=30))
+    assert len(long) > 3 * PIECE_CHARACTERS
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "b.txt").write_text(long)
     (tmp_path / "books" / "a.md").write_text("short")
@@ -122,7 +124,7 @@ def test_a_text_file_is_one_document_however_long(tmp_path: Path) -> None:
 
 
 def test_a_long_json_text_is_one_document(tmp_path: Path) -> None:
-    long = " ".join(texts(9000, max_words=30))
+    long = " ".join(texts(11000, max_words=30))
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": long}, {"text": "y"}])
     folder = run(tmp_path / "out", source, seq_len=512)
     expected = [[*b"x", END], [*long.encode(), END], [*b"y", END]]
@@ -262,3 +264,18 @@ def test_a_tokenizer_without_end_token_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(byte_tokenizer().backend)
     with pytest.raises(TokenizerError, match="end-of-text"):
         run(tmp_path / "out", source, tokenizer=tokenizer)
+
+
+def test_a_full_disk_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk; the work goes on when it is lifted."""
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts(2000)])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"out cannot be written: File too large.*goes on"):
+            run(tmp_path / "out", source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "out", source)
+    assert len(stored_documents(tmp_path / "out", "train")) == 2000

@@ -73,7 +73,7 @@ def done_records(work: Path) -> int:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[Path]:
-    return write_words(tmp_path / "words.jsonl", 6 << 20)
+    return write_words(tmp_path / "words.jsonl", 3 << 20)
 
 
 def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path: Path, source: Path) -> None:
@@ -85,7 +85,7 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path: Path, source:
     hits = []
     for workers in (1, 2, 1):
         process = start(source, out, workers)
-        target = done_records(work) + chance.randint(512, 5000)
+        target = done_records(work) + chance.randint(512, 2500)
         wait_until(lambda p=process, t=target: done_records(work) >= t or p.poll() is not None)
         children = children_of(process.pid)
         process.send_signal(signal.SIGKILL)

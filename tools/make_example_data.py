@@ -92,7 +92,7 @@ def _train(texts: Iterable[str]) -> Tokenizer:
 
 def _prepare(data: Path, tokenizer: Tokenizer) -> None:
     """What the commands in examples/train/README.md do."""
-    for kind, source, seq_len in (("text", "speeches", 64), ("chat", "chats", 128)):
+    for kind, source, seq_len in (("text", "speeches", 64), ("chat", "chats", 256)):
         config = PrepareConfig(
             sources=(data / f"{source}.jsonl",),
             out=data / source,

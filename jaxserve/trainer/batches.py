@@ -113,6 +113,12 @@ class BatchReader:
             self._ahead = (next_index, self._reader.submit(self._read, next_index))
         return Batch(batch.ids, batch.num_tokens, batch.packed, time.monotonic() - started)
 
+    def read_leaf(self, batch: Batch, leaf: int) -> npt.NDArray[np.int32]:
+        """Rows of any leaf of a batch, also of another process's."""
+        if leaf in batch.packed:
+            return batch.packed[leaf]
+        return self._leaf(batch.ids, leaf)
+
     def close(self) -> None:
         """Ends the reading thread."""
         self._reader.shutdown(wait=True, cancel_futures=True)
@@ -120,9 +126,10 @@ class BatchReader:
     def _read(self, first_index: int) -> Batch:
         ids = self._sampler.ids_of(first_index, self._world.global_batch_size)
         num_tokens = int(self._dataset.target_counts(ids).sum(dtype=np.int64))
-        size = self._world.micro_batch_size
-        packed = {}
-        for leaf in self._leaves:
-            own = ids[leaf * size : (leaf + 1) * size]
-            packed[leaf] = pack_rows(self._dataset.read(own), own)
+        packed = {leaf: self._leaf(ids, leaf) for leaf in self._leaves}
         return Batch(ids, num_tokens, packed, 0.0)
+
+    def _leaf(self, ids: Int64Array, leaf: int) -> npt.NDArray[np.int32]:
+        size = self._world.micro_batch_size
+        own = ids[leaf * size : (leaf + 1) * size]
+        return pack_rows(self._dataset.read(own), own)

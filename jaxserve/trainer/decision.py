@@ -79,7 +79,7 @@ def _schedule(config: ScheduleConfig) -> optax.Schedule:
 def decide(
     spec: DecisionSpec,
     sums: jax.Array,
-    tails: jax.Array,
+    losses: jax.Array,
     state: DecisionState,
     step: jax.Array,
 ) -> tuple[Decision, DecisionState]:
@@ -88,11 +88,11 @@ def decide(
     Args:
         spec: what to compile for.
         sums: float32[num_blocks], sums of squares of the gradient's blocks.
-        tails: float32[num_leaves, 2], see `shard_gradient.TAIL`.
+        losses: float32[num_leaves, 1], shares of the leaves in the mean loss.
         state: from the step before.
         step: int32[].
     """
-    loss = tree_sum(tails[:, 0])
+    loss = tree_sum(losses[:, 0])
     grad_norm = jnp.sqrt(tree_sum(sums))
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     applied, incidents = judge(spec.incidents, state.incidents, loss, is_finite)

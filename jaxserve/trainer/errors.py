@@ -7,3 +7,7 @@ from jaxserve.errors import JaxserveError
 
 class StateMismatch(JaxserveError):
     """Arrays or bytes that are not the state of this run. The message names them."""
+
+
+class DeviceFault(JaxserveError):
+    """A device computes wrongly, again and again. The message names it."""

@@ -89,21 +89,20 @@ class Exchange:
         return tuple(subtrees(part.first, part.end) for part in self.leaf_ranges)
 
     def reduce(
-        self, parts: Sequence[TreeSum[jax.Array]], tails: Sequence[Sequence[jax.Array]]
+        self, parts: Sequence[TreeSum[jax.Array]], losses: Sequence[Sequence[jax.Array]]
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """The root of the tree.
 
         Args:
             parts: of each local device its finished sum of gradients.
-            tails: of each local device the `TAIL`s of its leaves.
+            losses: of each local device float32[1] of each of its leaves.
 
         Returns:
             For each local device its chunk of the gradient, float32[chunk_blocks, block_size],
-            and the tails of all leaves, float32[num_leaves, 2].
+            and the losses of all leaves, float32[num_leaves, 1].
         """
         if self.num_devices == 1:
-            (part,), (own,) = parts, tails
-            return [part.parts[0][1]], [_stack(self.num_leaves, tuple(own))]
+            return [parts[0].parts[0][1]], self.gather_leaves(losses)
         num_slots = max(len(nodes) for nodes in self.nodes)
         slots = []
         for slot in range(num_slots):
@@ -111,26 +110,32 @@ class Exchange:
                 part.parts[slot][1] if slot < len(part.parts) else self._zeros(place)
                 for place, part in zip(self.local, parts, strict=True)
             ]
-            slots.append(self._join(vectors))
+            slots.append(self.join(vectors))
+        chunks = self.parts_of(self._reduce(tuple(slots)))
+        return chunks, self.gather_leaves(losses)
+
+    def gather_leaves(self, values: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+        """Small arrays `[n]` of each local device's leaves as `[num_leaves, n]` on each of them."""
+        if self.num_devices == 1:
+            return [_stack(self.num_leaves, tuple(values[0]))]
         max_leaves = max(len(part) for part in self.leaf_ranges)
-        stacked = self._join([_stack(max_leaves, tuple(own)) for own in tails])
-        chunks, all_tails = self._reduce(tuple(slots), stacked)
-        return self._parts_of(chunks), self._parts_of(all_tails)
+        stacked = self.join([_stack(max_leaves, tuple(own)) for own in values])
+        return self.parts_of(self._gather_leaves(stacked))
 
     def norm_squares(self, chunks: Sequence[jax.Array]) -> list[jax.Array]:
         """Sums of squares of all blocks, float32[num_blocks], on each local device."""
-        squares = self._join([square(chunk) for chunk in chunks])
-        return self._parts_of(self._gather_sums(squares))
+        squares = self.join([square(chunk) for chunk in chunks])
+        return self.parts_of(self._gather_sums(squares))
 
     def gather(self, chunks: Sequence[jax.Array]) -> list[jax.Array]:
         """Whole vectors `[num_blocks, block_size]` on each local device from chunks."""
         if self.num_devices == 1:
             return list(chunks)
-        return self._parts_of(self._gather(self._join(chunks)))
+        return self.parts_of(self._gather(self.join(chunks)))
 
     def gather_values(self, values: Sequence[jax.Array]) -> list[jax.Array]:
         """One small array of each device, `[n]`, as `[num_devices, n]` on each local one."""
-        return self._parts_of(self._gather_small(self._join([value[None] for value in values])))
+        return self.parts_of(self._gather_small(self.join(values)))
 
     def _zeros(self, place: int) -> jax.Array:
         shape = (self.flat.num_blocks, self.flat.block_size)
@@ -143,13 +148,23 @@ class Exchange:
     def _zeros_by_place(self) -> dict[int, jax.Array]:
         return {}
 
-    def _join(self, arrays: Sequence[jax.Array]) -> jax.Array:
+    def replicate(self, trees: Sequence[Any]) -> Any:
+        """One tree of arrays of the mesh from equal trees on each local device."""
+        whole = NamedSharding(self.mesh, P())
+
+        def joined(*arrays: jax.Array) -> jax.Array:
+            return jax.make_array_from_single_device_arrays(arrays[0].shape, whole, list(arrays))
+
+        return jax.tree.map(joined, *trees)
+
+    def join(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """One array of the mesh whose parts along the first axis are those of the devices."""
         first = arrays[0].shape
         shape = (first[0] * self.num_devices, *first[1:])
         return jax.make_array_from_single_device_arrays(shape, self._split, list(arrays))
 
-    def _parts_of(self, array: jax.Array) -> list[jax.Array]:
+    def parts_of(self, array: jax.Array) -> list[jax.Array]:
+        """The parts of an array of the mesh on each local device."""
         by_device = {shard.device: shard.data for shard in array.addressable_shards}
         return [by_device[self.devices[place]] for place in self.local]
 
@@ -165,7 +180,7 @@ class Exchange:
         num_devices, chunk = self.num_devices, self.chunk_blocks
         padding = num_devices * chunk - self.flat.num_blocks
 
-        def reduce(slots: tuple[jax.Array, ...], tails: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def reduce(slots: tuple[jax.Array, ...]) -> jax.Array:
             received: list[tuple[Node, jax.Array]] = []
             for slot, vector in enumerate(slots):
                 padded = jnp.pad(vector, ((0, padding), (0, 0)))
@@ -176,12 +191,18 @@ class Exchange:
                     for sender, nodes in enumerate(self.nodes)
                     if slot < len(nodes)
                 ]
-            total = sum_nodes(received, lambda left, right: left + right)
-            gathered = jax.lax.all_gather(tails, AXIS)
-            ordered = [gathered[place, : len(part)] for place, part in enumerate(self.leaf_ranges)]
-            return total, jnp.concatenate(ordered)
+            return sum_nodes(received, lambda left, right: left + right)
 
-        return self._program(reduce, (P(AXIS), P()))
+        return self._program(reduce, P(AXIS))
+
+    @cached_property
+    def _gather_leaves(self) -> Any:
+        def gather_leaves(values: jax.Array) -> jax.Array:
+            gathered = jax.lax.all_gather(values, AXIS)
+            ordered = [gathered[place, : len(part)] for place, part in enumerate(self.leaf_ranges)]
+            return jnp.concatenate(ordered)
+
+        return self._program(gather_leaves, P())
 
     @cached_property
     def _gather_sums(self) -> Any:
@@ -201,7 +222,7 @@ class Exchange:
 
     @cached_property
     def _gather_small(self) -> Any:
-        return self._program(lambda value: jax.lax.all_gather(value, AXIS, tiled=True), P())
+        return self._program(lambda value: jax.lax.all_gather(value, AXIS), P())
 
 
 @partial(jax.jit, static_argnums=0)

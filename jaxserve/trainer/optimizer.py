@@ -165,11 +165,15 @@ def trial_master(
     gradient: jax.Array,
     decision: Decision,
     first_block: jax.Array,
-    rate: jax.Array,
+    rates: jax.Array,
+    place: jax.Array,
 ) -> jax.Array:
-    """Parameters, in `param_dtype`, as an update at `rate` would make them. Changes nothing."""
+    """Parameters, in `param_dtype`, as an update at `rates[place]` would make them.
+
+    Changes nothing. The other arguments are those of `apply_update`.
+    """
     direction, _ = _descend(spec, moments, gradient, decision, first_block)
-    return (moments.master - rate * direction).astype(spec.param_dtype)
+    return (moments.master - rates[place] * direction).astype(spec.param_dtype)
 
 
 def _descend(

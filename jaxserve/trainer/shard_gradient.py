@@ -28,10 +28,9 @@ from models.training import TrainRows, loss_sum
 Tree: TypeAlias = dict[str, Any]
 
 ROW_FIELDS = ("inputs", "targets", "weights", "segment_ids", "positions")
+WEIGHTS = ROW_FIELDS.index("weights")
 STACKED = "layers"
 """Leaves below this key have a leading axis of layers."""
-TAIL = ("loss", "max_abs_gradient")
-"""What a gradient program returns beside the gradient: float32[2]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ def shard_gradient(
         num_tokens: float32[], targets of the global batch that count, at least 1.
 
     Returns:
-        The gradient, float32[num_blocks, block_size], and `TAIL`, float32[2].
+        The gradient, float32[num_blocks, block_size], and the share itself, float32[1].
     """
     rows, ids = _unpack(packed)
     keys = _example_keys(spec.rng_seed, step, ids) if spec.dropout else None
@@ -173,8 +172,7 @@ def shard_gradient(
         return total / num_tokens
 
     loss, gradient = jax.value_and_grad(loss_of)(params)
-    vector = flatten(spec.flat, gradient)
-    return vector, jnp.stack([loss, jnp.max(jnp.abs(vector))])
+    return flatten(spec.flat, gradient), loss[None]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -185,7 +183,7 @@ def shard_loss(
     packed: jax.Array,
     num_tokens: jax.Array,
 ) -> jax.Array:
-    """A micro-batch's share in the mean loss without dropout, float32[]. As `shard_gradient`."""
+    """A micro-batch's share in the mean loss without dropout, float32[1]. As `shard_gradient`."""
     rows, _ = _unpack(packed)
     model_params, lora = _model_and_lora(spec, params, base)
     total = loss_sum(
@@ -195,7 +193,7 @@ def shard_loss(
         lora=lora,
         compute_dtype=jnp.dtype(spec.compute_dtype),
     )
-    return total / num_tokens
+    return (total / num_tokens)[None]
 
 
 def _example_keys(rng_seed: int, step: jax.Array, ids: jax.Array) -> jax.Array:

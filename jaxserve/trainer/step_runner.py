@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -11,18 +12,23 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.trainer.batches import Batch, BatchReader, Dataset
 from jaxserve.trainer.data.sampler import IndexSampler
-from jaxserve.trainer.decision import Decision, DecisionSpec, Rate, decide
+from jaxserve.trainer.decision import Decision, DecisionSpec, DecisionState, Rate, decide
 from jaxserve.trainer.device_state import DeviceState, StateCarrier
-from jaxserve.trainer.exchange import Exchange, add
-from jaxserve.trainer.gradient_tree import Node, TreeSum
+from jaxserve.trainer.evaluation import Packed, evaluate
+from jaxserve.trainer.exact_gradient import ExactGradient, Gradients
+from jaxserve.trainer.exchange import Exchange
+from jaxserve.trainer.incidents import dropped, suspects_of
+from jaxserve.trainer.leaf_losses import batch_loss
+from jaxserve.trainer.lr_probe import first_probe_index, positions_before, probe, probe_seed
 from jaxserve.trainer.optimizer import UpdateSpec, apply_update
+from jaxserve.trainer.ordered_gradient import OrderedGradient
+from jaxserve.trainer.replay import check_replicas, digest
 from jaxserve.trainer.shard_gradient import (
     GradientSpec,
     Tree,
     abstract_trainable,
     flat_vector_of,
     init_trainable,
-    shard_gradient,
     unflatten,
 )
 from jaxserve.trainer.state_layout import Buffer, StateLayout
@@ -31,6 +37,7 @@ from jaxserve.trainer.step_record import EvalRecord, StepRecord
 from jaxserve.trainer.world import LogicalWorld, Range
 from models.config import ModelConfig
 from models.lora import LoraConfig
+from schedules import TunerConfig
 
 
 class StepRunner:
@@ -43,6 +50,8 @@ class StepRunner:
         model: the model's config.
         dataset: training examples.
         devices: all devices of all processes in order; unless given, all there are.
+        eval_dataset: examples for `evaluate`.
+        max_eval_examples: at most so many of them are used; None: all.
         weights: relative speeds of the devices; equal unless given.
         quarantined: example ids that are never used.
         initial_params: gives what a fresh run starts from, a float32 tree like
@@ -62,6 +71,8 @@ class StepRunner:
         rate: Rate,
         model: ModelConfig,
         dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        max_eval_examples: int | None = None,
         devices: Sequence[jax.Device] | None = None,
         weights: Sequence[float] | None = None,
         quarantined: Iterable[int] = (),
@@ -69,6 +80,8 @@ class StepRunner:
         lora: LoraConfig | None = None,
         base_params: Tree | None = None,
     ) -> None:
+        if config.replay_every and world.mode != "exact":
+            raise ConfigError(f"replay_every needs mode 'exact', not {world.mode!r}; set it to 0")
         if (lora is None) != (base_params is None):
             raise ConfigError(
                 "lora: adapters need the parameters of a base model, and only they do"
@@ -104,10 +117,18 @@ class StepRunner:
             list(range(part.first, part.end))
             for part in (self._exchange.leaf_ranges[place] for place in self._exchange.local)
         ]
-        sampler = IndexSampler(dataset.num_examples, world.data_seed, quarantined)
-        self._reader = BatchReader(
-            world, dataset, sampler, [leaf for leaves in local for leaf in leaves]
+        leaves = [leaf for own in local for leaf in own]
+        banned = frozenset(quarantined)
+        self._reader, self._probe_reader = (
+            BatchReader(world, dataset, IndexSampler(dataset.num_examples, seed, banned), leaves)
+            for seed in (world.data_seed, probe_seed(world))
         )
+        self._exact = ExactGradient(self._gradient, self._exchange, self._reader.read_leaf)
+        self._gradient_of: ExactGradient | OrderedGradient = self._exact
+        if world.mode == "ordered":
+            self._gradient_of = OrderedGradient(self._gradient, self._exchange)
+        self._eval_dataset = eval_dataset
+        self._max_eval_examples = max_eval_examples
         self._base = [
             None if base_params is None else _placed(base_params, config.param_dtype, device)
             for device in self._local_devices
@@ -155,28 +176,47 @@ class StepRunner:
             raise ValueError(f"step {step}, but the state is at step {self._next_step}")
         world = self.world
         batch = self._reader.read(world.first_index(step), world.first_index(step + 1))
-        sums, tails = self._shard_gradients(batch, step)
-        chunks, all_tails = self._exchange.reduce(sums, tails)
-        del sums, tails
+        (chunks, losses), fault = self._gradients(batch, step)
         squares = self._exchange.norm_squares(chunks)
-        decisions: list[Decision] = []
-        for state, square, tail in zip(self._states, squares, all_tails, strict=True):
-            decision, state.decision = decide(
-                self._decision, square, tail, state.decision, np.int32(step)
-            )
-            decisions.append(decision)
-        self._apply(chunks, decisions)
+        gradients = list(chunks)
+        if self.config.sharding == "replicated":
+            gradients = self._exchange.gather(chunks)
+        if isinstance(self._decision.rate, TunerConfig):
+            self._probe(self._decision.rate, step, gradients, self._decide(squares, losses, step))
+        decided = self._decide(squares, losses, step)
+        decisions = [decision for decision, _ in decided]
+        for state, (_, remembered) in zip(self._states, decided, strict=True):
+            state.decision = remembered
+        self._apply(gradients, decisions)
+        if self._checks(step) and self.config.sharding == "replicated":
+            masters = [digest(state.moments.master) for state in self._states]
+            check_replicas(self._exchange, masters, step)
         self._next_step = step + 1
         self._num_tokens += batch.num_tokens
-        return self._record(step, batch, decisions[0])
+        record = self._record(step, batch, decisions[0], losses[0])
+        return record if fault is None else dataclasses.replace(record, corrupted_device=fault)
 
     def evaluate(self) -> EvalRecord:
-        """Loss over the evaluation set, without dropout. Changes nothing."""
-        raise NotImplementedError
+        """Loss over the evaluation set, without dropout. Changes nothing.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self._eval_dataset is None:
+            raise ConfigError("no evaluation set was given: prepare the data with --eval-fraction")
+        params = self._whole_params()
+        return evaluate(
+            self.world,
+            self._eval_dataset,
+            [leaf for leaves in self._local_leaves for leaf in leaves],
+            self._max_eval_examples,
+            lambda packed, num_tokens: self._loss(params, packed, num_tokens)[0],
+        )
 
     def close(self) -> None:
-        """Ends the reading thread."""
+        """Ends the reading threads."""
         self._reader.close()
+        self._probe_reader.close()
 
     @property
     def _local_devices(self) -> list[jax.Device]:
@@ -185,42 +225,63 @@ class StepRunner:
     def _whole_params(self) -> list[Tree]:
         """The parameters of every local device as the model reads them."""
         if self._params is None:
-            vectors = self._copies or [state.moments.master for state in self._states]
-            if self.config.sharding != "replicated":
-                vectors = self._exchange.gather(vectors)
-            self._params = [
-                unflatten(self._gradient.flat, self.config.param_dtype, vector)
-                for vector in vectors
-            ]
+            held = self._copies or [state.moments.master for state in self._states]
+            self._params = self._trees_of(held)
         return self._params
 
-    def _shard_gradients(
-        self, batch: Batch, step: int
-    ) -> tuple[list[TreeSum[jax.Array]], list[list[jax.Array]]]:
-        """Sums of the gradients of each local device's leaves, and their tails."""
-        params = self._whole_params()
-        sums: list[TreeSum[jax.Array]] = [TreeSum(add) for _ in self._states]
-        tails: list[list[jax.Array]] = [[] for _ in self._states]
-        num_tokens = np.float32(max(batch.num_tokens, 1))
-        for turn in range(max(map(len, self._local_leaves))):
-            for slot, leaves in enumerate(self._local_leaves):
-                if turn >= len(leaves):
-                    continue
-                leaf = leaves[turn]
-                rows = jax.device_put(batch.packed[leaf], self._states[slot].device)
-                vector, tail = shard_gradient(
-                    self._gradient, params[slot], self._base[slot], rows, np.int32(step), num_tokens
-                )
-                sums[slot].push(Node(0, leaf), vector)
-                tails[slot].append(tail)
+    def _trees_of(self, held: list[jax.Array]) -> list[Tree]:
+        """Trees from vectors as the devices hold them."""
+        whole = held if self.config.sharding == "replicated" else self._exchange.gather(held)
+        return [unflatten(self._gradient.flat, self.config.param_dtype, vector) for vector in whole]
+
+    def _loss(self, params: Sequence[Tree], packed: Packed, num_tokens: int) -> list[jax.Array]:
+        return batch_loss(self._gradient, self._exchange, params, self._base, packed, num_tokens)
+
+    def _gradients(self, batch: Batch, step: int) -> tuple[Gradients, str | None]:
+        """Chunks and losses on each local device, and the device that was found wrong, if any."""
+        params, fault = self._whole_params(), None
+        if self._checks(step):
+            gradients, fault = self._exact.checked(params, self._base, batch, step)
+        else:
+            gradients = self._gradient_of(params, self._base, batch, step)
         if self.config.sharding == "fsdp":
             self._params = None
-        return sums, tails
+        return gradients, fault
 
-    def _apply(self, chunks: Sequence[jax.Array], decisions: Sequence[Decision]) -> None:
-        gradients = list(chunks)
-        if self.config.sharding == "replicated":
-            gradients = self._exchange.gather(chunks)
+    def _checks(self, step: int) -> bool:
+        every = self.config.replay_every
+        return every > 0 and step % every == 0
+
+    def _decide(
+        self, squares: Sequence[jax.Array], losses: Sequence[jax.Array], step: int
+    ) -> list[tuple[Decision, DecisionState]]:
+        return [
+            decide(self._decision, square, loss, state.decision, np.int32(step))
+            for state, square, loss in zip(self._states, squares, losses, strict=True)
+        ]
+
+    def _probe(
+        self,
+        config: TunerConfig,
+        step: int,
+        gradients: Sequence[jax.Array],
+        decided: Sequence[tuple[Decision, DecisionState]],
+    ) -> None:
+        for position in positions_before(config, self._states[0], step):
+            index = first_probe_index(self.world, config, step, position)
+            batch = self._probe_reader.read(index)
+            probe(
+                config,
+                self._update,
+                self._states,
+                gradients,
+                [decision for decision, _ in decided],
+                lambda held, batch=batch: self._loss(  # type: ignore[misc]
+                    self._trees_of(held), batch.packed, batch.num_tokens
+                ),
+            )
+
+    def _apply(self, gradients: Sequence[jax.Array], decisions: Sequence[Decision]) -> None:
         copies: list[jax.Array] = []
         for state, gradient, decision in zip(self._states, gradients, decisions, strict=True):
             state.moments, copy = apply_update(
@@ -231,10 +292,10 @@ class StepRunner:
         self._params = None
         self._copies = copies or None
 
-    def _record(self, step: int, batch: Batch, decision: Decision) -> StepRecord:
+    def _record(self, step: int, batch: Batch, decision: Decision, losses: jax.Array) -> StepRecord:
         host: Decision = jax.device_get(decision)
         first = self.world.first_index(step)
-        return StepRecord(
+        record = StepRecord(
             step=step,
             loss=np.float32(host.loss),
             grad_norm=np.float32(host.grad_norm),
@@ -243,9 +304,22 @@ class StepRunner:
             last_index=first + self.world.global_batch_size - 1,
             ids_sha256=batch.ids_sha256(),
             num_tokens=batch.num_tokens,
-            verdict="applied" if host.applied else "skipped",
             data_wait_s=batch.wait_s,
         )
+        if host.applied:
+            return record
+        return dropped(self.config.incidents, record, self._suspects(record, batch, losses))
+
+    def _suspects(self, record: StepRecord, batch: Batch, losses: jax.Array) -> tuple[int, ...]:
+        """Ids that may have caused an incident: of a spike, all of the batch."""
+        if np.isfinite(record.loss) and np.isfinite(record.grad_norm):
+            return tuple(sorted(set(batch.ids.tolist())))
+        if not np.isfinite(record.loss):
+            return suspects_of(np.asarray(losses)[:, 0], batch.ids)
+        # The update was dropped, so these are still the parameters that made the gradient.
+        params = self._whole_params()
+        maxima = self._exact.leaf_maxima(params, self._base, batch, record.step)
+        return suspects_of(maxima, batch.ids)
 
 
 def _leaf_ranges(world: LogicalWorld, ranges: Sequence[Range]) -> list[Range]:

@@ -20,6 +20,8 @@ from models.config import ModelConfig
 from schedules import ScheduleConfig
 
 SEQ_LEN = 32
+POISON = 256
+"""A token that only poisoned examples hold."""
 
 MODEL = ModelConfig(
     family="llama",
@@ -65,8 +67,10 @@ class TinyDataset:
 
     def _row(self, example: int) -> dict[str, npt.NDArray[Any]]:
         rng = np.random.default_rng(example)
-        start, stride = rng.integers(0, 257, 2)
-        tokens = ((start + stride * np.arange(SEQ_LEN + 1)) % 257).astype(np.int32)
+        start, stride = rng.integers(0, 256, 2)
+        tokens = ((start + stride * np.arange(SEQ_LEN + 1)) % 256).astype(np.int32)
+        if example in self.poisoned:
+            tokens[5] = POISON
         border = 8 + example % 16
         positions = np.concatenate([np.arange(border), np.arange(SEQ_LEN - border)])
         weights = np.ones(SEQ_LEN, np.uint8)
@@ -96,11 +100,12 @@ def make_runner(num_devices: int = 1, **changes: Any) -> StepRunner:
 
 
 def run(runner: StepRunner, num_steps: int, start: npt.NDArray[np.uint8] | None = None) -> Trace:
-    """`num_steps` steps from `start` on."""
+    """`num_steps` steps from `start` on; closes the runner."""
     first = runner.load_state(start)
     records = [runner.run_step(step) for step in range(first, first + num_steps)]
     buffer = np.zeros(runner.layout.size_bytes, np.uint8)
     runner.store_state(buffer)
+    runner.close()
     return Trace(records, buffer)
 
 

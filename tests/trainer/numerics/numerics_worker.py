@@ -47,8 +47,13 @@ def same_run(num_steps: int, arrangements: list[tuple[int, str]], **changes: Any
 def devices() -> Arrangements:
     """Every number of devices, and every sharding."""
     plain = [(number, "replicated") for number in range(1, 9)]
-    split = [(number, kind) for number in (1, 2, 3, 5, 8) for kind in ("zero1", "fsdp")]
-    return same_run(3, plain + split)
+    return same_run(3, [*plain, (3, "zero1"), (5, "fsdp")])
+
+
+def shardings() -> Arrangements:
+    """Every split of the state."""
+    split = [(number, kind) for number in (1, 2, 4, 6, 7, 8) for kind in ("zero1", "fsdp")]
+    return same_run(3, [(1, "replicated"), *split])
 
 
 def weights() -> Arrangements:
@@ -72,7 +77,7 @@ def variants() -> Arrangements:
     world = dataclasses.replace(WORLD, micro_batch_size=1, num_logical_shards=4)
     return same_run(
         3,
-        [(1, "replicated"), (3, "replicated"), (2, "zero1"), (3, "fsdp")],
+        [(1, "replicated"), (2, "zero1"), (3, "fsdp")],
         config=config,
         world=world,
         model=TIED,
@@ -83,7 +88,7 @@ def lora() -> Arrangements:
     """Adapters beside frozen parameters."""
     return same_run(
         3,
-        [(1, "replicated"), (3, "replicated"), (4, "zero1"), (7, "fsdp")],
+        [(1, "replicated"), (2, "zero1"), (3, "fsdp")],
         lora=LORA,
         base_params=init_trainable(MODEL, None, 1),
     )
@@ -209,7 +214,7 @@ def chain(stages: list[tuple[int, str, int]], **changes: Any) -> Trace:
 SCENARIOS: dict[str, Callable[[], Arrangements]] = {
     one.__name__: one
     for one in (
-        *(devices, weights, variants, lora, resized, tuned),
+        *(devices, shardings, weights, variants, lora, resized, tuned),
         *(knee, spike, ordered, corrupted),
     )
 } | {f"optimizer-{name}": (lambda name=name: optimizer(name)) for name in OPTIMIZER_OPTIONS}

@@ -15,7 +15,13 @@ from jaxserve.trainer.step_config import OPTIMIZER_OPTIONS
 
 HERE = Path(__file__).parent
 FAST = ["devices", "variants", "lora", "resized", "tuned", "corrupted"]
-LONG = ["weights", "knee", "spike", *(f"optimizer-{name}" for name in OPTIMIZER_OPTIONS)]
+LONG = [
+    "shardings",
+    "weights",
+    "knee",
+    "spike",
+    *(f"optimizer-{name}" for name in OPTIMIZER_OPTIONS),
+]
 
 
 def results_of(names: list[str], folder: Path, cache: Path) -> dict[str, Any]:

@@ -39,8 +39,9 @@ WORLD = LogicalWorld(
 def test_ranges_cover_all_shards_and_balance_them(
     shards: int, num_devices: int, speeds: list[float] | None
 ) -> None:
-    world = dataclasses.replace(WORLD, global_batch_size=shards, micro_batch_size=1)
-    world = dataclasses.replace(world, num_logical_shards=shards)
+    world = LogicalWorld(
+        global_batch_size=shards, num_logical_shards=shards, micro_batch_size=1, seq_len=8
+    )
     if num_devices > shards:
         with pytest.raises(ConfigError, match=f"{num_devices} devices cannot share {shards}"):
             world.ranges_of(num_devices)
@@ -53,12 +54,19 @@ def test_ranges_cover_all_shards_and_balance_them(
     if weights is None:
         assert max(len(part) for part in ranges) == -(-shards // num_devices)
     else:
-        # No device could hand one shard to another and all be done sooner.
         slowest = max(len(part) / speed for part, speed in zip(ranges, weights, strict=True))
-        assert all(
-            (len(part) + 1) / speed >= slowest * (1 - 1e-9) or len(part) < shards
-            for part, speed in zip(ranges, weights, strict=True)
-        )
+        assert slowest == pytest.approx(least_time(shards, weights))
+
+
+def least_time(shards: int, speeds: list[float]) -> float:
+    """The earliest time by which the devices can have done all shards, each at least one."""
+    times = sorted(size / speed for speed in speeds for size in range(1, shards + 1))
+    return next(
+        time
+        for time in times
+        if time >= max(1 / speed for speed in speeds)
+        and sum(int(time * speed + 1e-9) for speed in speeds) >= shards
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from models.tokenizer_files import save_tokenizer
 from tools.corpora.catalog import CATALOG
 from tools.get_corpus import fetch_corpus
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "train"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "train"
+CORPORA = ROOT / "build" / "corpora"
 PRESIDENTS = ("abraham_lincoln", "john_f_kennedy")
 VOCAB_SIZE = 1024
 NUM_CHATS = 200
@@ -41,14 +42,12 @@ CHATML = (
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        corpora = Path(name)
-        speeches = [
-            record
-            for record in _records(fetch_corpus(CATALOG["sotu"], corpora))
-            if record["id"].partition("_")[2].rpartition("_")[0] in PRESIDENTS
-        ]
-        chats = list(_records(fetch_corpus(CATALOG["wordnet-chat"], corpora)))
+    speeches = [
+        record
+        for record in _records(fetch_corpus(CATALOG["sotu"], CORPORA))
+        if record["id"].partition("_")[2].rpartition("_")[0] in PRESIDENTS
+    ]
+    chats = list(_records(fetch_corpus(CATALOG["wordnet-chat"], CORPORA)))
     chats = chats[:: len(chats) // NUM_CHATS][:NUM_CHATS]
     data = EXAMPLE / "data"
     data.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ class Block:
 
     Attributes:
         places: where each comes from.
+        starts: whether each begins a document.
         end: the position after the block.
         bytes_read: of its source, on the disk.
         source_sha256: the source's digest, when the block is its last one.

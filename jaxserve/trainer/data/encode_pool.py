@@ -112,6 +112,7 @@ def _start_worker() -> Worker:
         [sys.executable, "-P", "-m", "jaxserve.trainer.data.encode_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is ours to handle: the worker just ends with us
         # One core a worker: the tokenizer library would start a thread a core in each.
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"},
     )

@@ -181,6 +181,8 @@ class SourceReader:
                 f"{path}, after line {line}: not valid UTF-8 ({error.reason}); convert the file "
                 "with iconv, or remove it"
             ) from None
+        finally:
+            text.detach()  # else it would close the file, which is read to its end for the digest
 
     def _json_records(self, stream: IO[bytes], skip: int) -> Iterator[Record]:
         number, line_number = 0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import resource
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,15 @@ def test_every_format_gives_the_same_tokens(tmp_path: Path) -> None:
     framed.write_bytes(b"".join(zstandard.ZstdCompressor().compress(part) for part in parts))
     columns = tmp_path / "a.parquet"
     parquet.write_table(Table.from_pydict({"id": list(range(30)), "text": documents}), columns)
-    folders = [run(tmp_path / f"out{i}", p) for i, p in enumerate((plain, zipped, framed, columns))]
+    paths = (plain, zipped, framed, columns)
+    folders = [run(tmp_path / f"out{i}", path) for i, path in enumerate(paths)]
     for folder in folders[1:]:
         assert TokenDataset(folder).fingerprint == TokenDataset(folders[0]).fingerprint
+    for folder, path in zip(folders, paths, strict=True):
+        (source,) = TokenDataset(folder).manifest.sources
+        assert source["name"] == path.name
+        assert source["num_bytes"] == path.stat().st_size
+        assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_text_file_is_one_document_however_long(tmp_path: Path) -> None:
@@ -121,6 +128,8 @@ def test_a_text_file_is_one_document_however_long(tmp_path: Path) -> None:
     folder = run(tmp_path / "out", tmp_path / "books", seq_len=512)
     expected = [[*b"short", END], [*long.encode(), END]]
     assert stored_documents(folder, "train") == expected
+    digests = [source["sha256"] for source in TokenDataset(folder).manifest.sources]
+    assert digests == [hashlib.sha256(text).hexdigest() for text in (b"short", long.encode())]
 
 
 def test_a_long_json_text_is_one_document(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def check_default_model(root: Path) -> Iterator[Finding]:
     if listing.path is not None:
         yield Finding("default model", Status.OK, f"{name} at {listing.path}")
     else:
-        size = listing.entry.wheel_bytes / 1e6
+        size = listing.entry.download_bytes / 1e6
         value = f"{name} is not downloaded yet ({size:.0f} MB, at first use)"
         yield Finding("default model", Status.NOTE, value, f"jaxserve pull {name}")
 

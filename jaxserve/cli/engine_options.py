@@ -50,7 +50,7 @@ def parse_buckets(text: str) -> str | tuple[int, ...]:
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    from jaxserve.model_store import CATALOG
+    from jaxserve.model_catalog import CATALOG
 
     return [name for name in CATALOG if name.startswith(incomplete)]
 

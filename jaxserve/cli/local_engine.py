@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxserve.cli.pull import pull_with_progress
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.hung_device import leave_hung_device
-from jaxserve.model_store import CATALOG
+from jaxserve.model_catalog import CATALOG
 
 if TYPE_CHECKING:
     from jaxserve.engine.startup import RunningEngine

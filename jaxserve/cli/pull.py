@@ -18,12 +18,13 @@ from rich.progress import (
 
 from jaxserve import model_store
 from jaxserve.engine.config import EngineConfig
+from jaxserve.model_catalog import CATALOG
 
 app = typer.Typer(add_completion=False)
 
 
 def _complete(incomplete: str) -> list[str]:
-    return [name for name in model_store.CATALOG if name.startswith(incomplete)]
+    return [name for name in CATALOG if name.startswith(incomplete)]
 
 
 @app.command()
@@ -35,7 +36,8 @@ def pull(
     """Download a model of the catalogue, check its digest and keep it.
 
     Every command that takes --model does this at first use; `pull` does it
-    ahead, for example before the machine goes offline. Prints the file's path.
+    ahead, for example before the machine goes offline. Prints the file's path,
+    and on standard error what the model's licence asks to be told.
 
     Example: jaxserve pull smollm2-135m-instruct
     """
@@ -43,7 +45,10 @@ def pull(
 
 
 def pull_with_progress(name: str) -> str:
-    """Pulls behind a progress bar on standard error; returns the file's path."""
+    """Pulls behind a progress bar on standard error; returns the file's path.
+
+    Says on standard error what the model's licence asks to be told.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,4 +65,8 @@ def pull_with_progress(name: str) -> str:
                 stack.enter_context(bar)
             bar.update(task, completed=done_bytes, total=total_bytes)
 
-        return str(model_store.pull(name, show))
+        path = str(model_store.pull(name, show))
+    notice = CATALOG[name.lower()].notice
+    if notice:
+        typer.echo(notice, err=True)
+    return path

@@ -99,7 +99,7 @@ async def _serve(
     engine_config: EngineConfig, server_config: ServerConfig, console: Console
 ) -> bool:
     from jaxserve.cli.pull import pull_with_progress
-    from jaxserve.model_store import CATALOG
+    from jaxserve.model_catalog import CATALOG
     from jaxserve.server.lifecycle import Server, run_until_signal
 
     server = Server(server_config)

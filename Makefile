@@ -57,9 +57,13 @@ GOLDENS := build/goldens/bin
 goldens: $(STAMP) ## Remake the golden outputs (torch and transformers in build/goldens)
 	$(PYTHON) -m venv build/goldens
 	$(GOLDENS)/pip install --quiet -r requirements/goldens.in
-	model=$$($(BIN)/jaxserve pull); export PYTHONPATH=.; \
+	model=$$($(BIN)/jaxserve pull); gemma=$$($(BIN)/jaxserve pull gemma-3-270m); \
+	minilm=$$($(BIN)/jaxserve pull all-minilm-l6-v2); export PYTHONPATH=.; \
 	$(GOLDENS)/python tools/make_tiny_goldens.py --out tests/goldens/tiny; \
 	$(GOLDENS)/python tools/make_smollm2_goldens.py --model "$$model" --out tests/goldens/smollm2_greedy.json; \
+	$(GOLDENS)/python tools/make_gemma3_goldens.py --model "$$gemma" --out tests/goldens/gemma3_greedy.json; \
+	$(GOLDENS)/python tools/make_minilm_goldens.py --model "$$minilm" --out tests/goldens/minilm.json; \
+	$(GOLDENS)/python tools/make_tokenizer_goldens.py gemma3 "$$gemma" tests/goldens/tokenizer; \
 	$(GOLDENS)/python tools/make_tokenizer_goldens.py tokens "$$model" tests/goldens/tokenizer; \
 	$(GOLDENS)/python tools/make_tokenizer_goldens.py chat "$$model" tests/goldens/tokenizer; \
 	$(GOLDENS)/python tools/make_tokenizer_goldens.py sentencepiece "$$model" tests/goldens/tokenizer

@@ -2,20 +2,22 @@
 
 A table is data. One rule pairs a file's name, with `{layer}` for a layer's number, with a
 path in the parameters' pytree; a named, invertible transform says how the arrays differ.
-Rules with `{layer}` fill, layer by layer, a leaf that is stacked on a leading axis.
+Rules with `{layer}` fill, layer by layer, a leaf that is stacked on a leading axis; where a
+file has a tensor for each expert, `{expert}` stands for its number and the second axis.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
-LAYER = "{layer}"
+LAYER, EXPERT = "{layer}", "{expert}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,13 @@ IDENTITY = Transform("identity", lambda a: a, lambda a: a, lambda shape: shape)
 TRANSPOSE = Transform(
     "transpose", lambda a: a.T, lambda a: a.T, lambda shape: shape[::-1], swaps_axes=True
 )
+TRANSPOSE_EACH = Transform(
+    "transpose_each",
+    lambda a: a.swapaxes(-1, -2),
+    lambda a: a.swapaxes(-1, -2),
+    lambda shape: (*shape[:-2], shape[-1], shape[-2]),
+)
+"""Of an array that stacks matrices on leading axes."""
 
 
 def unpermute_rope(num_heads: int) -> Transform:
@@ -99,19 +108,36 @@ class TensorRule:
     """One line of a table."""
 
     name: str
-    """Name in the file; `{layer}` stands for the layer's number."""
+    """Name in the file; `{layer}` and `{expert}` stand for numbers."""
     path: str
     """Path of the leaf, keys joined by dots, e.g. `layers.attention.q_proj.kernel`."""
     transform: Transform = IDENTITY
 
     @property
+    def num_stacked_axes(self) -> int:
+        """How many leading axes of the leaf are numbers in the name: none, layers, or layers
+        and experts."""
+        return (LAYER in self.name) + (EXPERT in self.name)
+
+    @property
     def is_stacked(self) -> bool:
         """Whether the leaf has a leading axis of layers."""
-        return LAYER in self.name
+        return self.num_stacked_axes > 0
 
-    def name_of(self, layer: int) -> str:
-        """The file's name for one layer."""
-        return self.name.replace(LAYER, str(layer))
+    def parts(self, leaf_shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The file's tensors that make up the leaf, in order.
+
+        Args:
+            leaf_shape: of the whole leaf.
+
+        Yields:
+            `(name, index)`: the tensor called `name` is `leaf[index]`, transformed.
+        """
+        for index in np.ndindex(*leaf_shape[: self.num_stacked_axes]):
+            name = self.name
+            for placeholder, number in zip((LAYER, EXPERT), index, strict=False):
+                name = name.replace(placeholder, str(number))
+            yield name, index
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,22 +107,16 @@ def unflatten(flat: Mapping[str, Leaf]) -> dict[str, Any]:
 
 def _parts(rule: TensorRule, leaf: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """The tensors that make up one leaf, each with its view of the leaf."""
-    if not rule.is_stacked:
-        yield rule.name, leaf
-        return
-    for layer in range(leaf.shape[0]):
-        yield rule.name_of(layer), leaf[layer]
+    for name, index in rule.parts(leaf.shape):
+        yield name, leaf[index]
 
 
 def _expected_shapes(table: NameTable, leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in table.rules:
         shape = leaves[rule.path].shape
-        if rule.is_stacked:
-            file_shape = rule.transform.file_shape(shape[1:])
-            shapes.update({rule.name_of(layer): file_shape for layer in range(shape[0])})
-        else:
-            shapes[rule.name] = rule.transform.file_shape(shape)
+        file_shape = rule.transform.file_shape(shape[rule.num_stacked_axes :])
+        shapes.update({name: file_shape for name, _ in rule.parts(shape)})
     return shapes
 
 

@@ -55,7 +55,10 @@ def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
             arguments[field.name] = _typed(values[field.name], hints[field.name], name)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise FormatError(f"model.json: {where} lacks the field {field.name!r}")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise FormatError(f"model.json: {where}: {error}") from None
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

@@ -1,40 +1,66 @@
-"""What a GGUF file's metadata says about its model: config and tokenizer."""
+"""ModelConfig from a GGUF file's metadata."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 from checkpoint.errors import FormatError
 from models.config import ModelConfig, RopeScaling
-from models.sentencepiece_bpe import sentencepiece_bpe
-from models.tokenizer import Tokenizer
-
-ARCHITECTURES = ("llama",)
-"""GGUF architectures that can be served; "llama" covers Llama, Mistral, SmolLM2."""
-
-_TOKEN_NORMAL, _TOKEN_UNKNOWN, _TOKEN_CONTROL, _TOKEN_USER_DEFINED = 1, 2, 3, 4
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
+from models.gguf_metadata import MetadataReader
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Tensor of Llama 3.1 and later: what its rotary scaling comes to, per pair."""
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Tensors of Phi-3's longrope."""
+ROPE_TENSORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
+"""Tensors that are part of the config."""
+
+GEMMA3_LAYERS_A_WHOLE_ONE = 6
+GEMMA3_27B_LAYERS = 62
+
+RopeTensors: TypeAlias = Mapping[str, Sequence[float]]
+
+
+class _Model:
+    """One file's metadata under its architecture's prefix."""
+
+    def __init__(
+        self, metadata: Mapping[str, Any], names: Collection[str], rope_tensors: RopeTensors
+    ) -> None:
+        self.reader = MetadataReader(metadata)
+        self.architecture = self.reader.text("general.architecture")
+        self.names = frozenset(names)
+        self.rope_tensors = rope_tensors
+
+    def key(self, name: str) -> str:
+        return f"{self.architecture}.{name}"
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        return self.reader.positive(self.key(name), default)
+
+    def integer(self, name: str, default: int) -> int:
+        return self.reader.integer(self.key(name), default)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self.reader.number(self.key(name), default)
+
+    def text(self, name: str, default: str) -> str:
+        return self.reader.text(self.key(name), default)
+
+    def is_present(self, name: str) -> bool:
+        return self.key(name) in self.reader.metadata
+
+
+Translate: TypeAlias = Callable[[_Model], ModelConfig]
 
 
 def config_from_gguf(
     metadata: Mapping[str, Any],
     tensor_names: Collection[str],
-    rope_factors: Sequence[float] | None = None,
+    rope_tensors: RopeTensors | None = None,
 ) -> ModelConfig:
     """ModelConfig of a GGUF file.
 
@@ -42,294 +68,244 @@ def config_from_gguf(
         metadata: `GgufFile.metadata`.
         tensor_names: `GgufFile.names()`; some features show only there, such as
             a head tied to the embedding (no `output.weight`).
-        rope_factors: the tensor `ROPE_FACTORS`, if the file has one.
+        rope_tensors: values of those of `ROPE_TENSORS` that the file has.
 
     Raises FormatError for an architecture or a feature that is not supported,
     and for metadata that is missing or of the wrong type.
     """
-    reader = _Reader(metadata)
-    architecture = reader.text("general.architecture")
-    if architecture not in ARCHITECTURES:
+    model = _Model(metadata, tensor_names, rope_tensors or {})
+    if model.architecture not in ARCHITECTURES:
         raise FormatError(
-            f"GGUF architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}"
+            f"GGUF architecture {model.architecture!r} is not supported, only "
+            f"{', '.join(ARCHITECTURES)}"
         )
-    if reader.integer("llama.expert_count", 0):
-        raise FormatError("GGUF models with experts (llama.expert_count) are not supported")
-    names = frozenset(tensor_names)
-    hidden_size = reader.positive("llama.embedding_length")
-    num_heads = reader.positive("llama.attention.head_count")
-    num_kv_heads = reader.positive("llama.attention.head_count_kv", num_heads)
+    return replace(
+        ARCHITECTURES[model.architecture](model),
+        bos_token_id=model.reader.bos_token_id(),
+        eos_token_ids=model.reader.eos_token_ids(),
+    )
+
+
+def _common(model: _Model, *, eps: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
+    """What all architectures share."""
+    hidden_size = model.positive("embedding_length")
+    num_heads = model.positive("attention.head_count")
+    num_kv_heads = model.positive("attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads:
         raise FormatError(
             f"GGUF has {num_kv_heads} KV heads, which do not divide {num_heads} heads"
         )
-    head_dim = reader.positive("llama.attention.key_length", hidden_size // num_heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if reader.integer(key, head_dim) != head_dim:
-            raise FormatError(f"GGUF {key} other than the head size {head_dim} is not supported")
-    return ModelConfig(
-        family="llama",
-        vocab_size=_vocab_size(reader),
-        hidden_size=hidden_size,
-        intermediate_size=reader.positive("llama.feed_forward_length"),
-        num_layers=reader.positive("llama.block_count"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=reader.positive("llama.context_length"),
-        rope_theta=reader.number("llama.rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(reader, head_dim, rope_factors),
-        rms_norm_eps=reader.number("llama.attention.layer_norm_rms_epsilon"),
-        tie_word_embeddings="output.weight" not in names,
-        attention_bias="blk.0.attn_q.bias" in names,
-        mlp_bias="blk.0.ffn_up.bias" in names,
-        sliding_window=reader.integer("llama.attention.sliding_window", 0) or None,
-        bos_token_id=_bos_token_id(reader),
-        eos_token_ids=_eos_token_ids(reader),
-    )
-
-
-def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Tokenizer of a GGUF file, from `tokenizer.ggml.*` and `tokenizer.chat_template`.
-
-    Raises FormatError for a kind of tokenizer that is not supported, and for
-    metadata that is missing or contradicts itself.
-    """
-    reader = _Reader(metadata)
-    tokens = reader.texts("tokenizer.ggml.tokens")
-    vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise FormatError("GGUF tokenizer.ggml.tokens holds a token twice")
-    kind = reader.text("tokenizer.ggml.model")
-    if kind == "gpt2":
-        backend, adds_bos = _byte_level_bpe(reader, vocab)
-    elif kind == "llama":
-        backend, adds_bos = _sentencepiece(reader, vocab), True
-    else:
+    head_dim = model.positive("attention.key_length", hidden_size // num_heads)
+    value_length = "attention.value_length"
+    if model.integer(value_length, head_dim) != head_dim:
         raise FormatError(
-            f"GGUF tokenizer model {kind!r} is not supported, only gpt2 and llama; use the "
-            "Hugging Face folder of the model instead"
+            f"GGUF {model.key(value_length)} other than the head size {head_dim} is not supported"
         )
-    _add_added_tokens(backend, reader, tokens)
-    bos_token_id, eos_token_ids = _bos_token_id(reader), _eos_token_ids(reader)
-    _set_post_processor(backend, reader, tokens, adds_bos, bos_token_id, eos_token_ids)
-    template = metadata.get("tokenizer.chat_template")
-    return Tokenizer(
-        backend,
-        bos_token_id=bos_token_id,
-        eos_token_ids=eos_token_ids,
-        chat_template=template if isinstance(template, str) else None,
-    )
+    return {
+        "vocab_size": _vocab_size(model),
+        "hidden_size": hidden_size,
+        "intermediate_size": model.positive("feed_forward_length"),
+        "num_layers": model.positive("block_count"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": model.positive("context_length"),
+        "rms_norm_eps": model.number(f"attention.{eps}"),
+        "tie_word_embeddings": "output.weight" not in model.names,
+    }
 
 
-def _byte_level_bpe(reader: _Reader, vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer, and whether it adds a BOS when the file does not say."""
-    name = reader.text("tokenizer.ggml.pre", "default")
-    if name not in _PRE_TOKENIZERS:
+def _vocab_size(model: _Model) -> int:
+    tokens = model.reader.metadata.get("tokenizer.ggml.tokens")
+    return model.positive("vocab_size", len(tokens) if isinstance(tokens, list) else None)
+
+
+def _rope(model: _Model, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Base and scaling where whole heads are rotated."""
+    head_dim = common["head_dim"]
+    dimensions = "rope.dimension_count"
+    if model.integer(dimensions, head_dim) != head_dim:
         raise FormatError(
-            f"GGUF pre-tokenizer {name!r} is not supported, only "
-            f"{', '.join(sorted(_PRE_TOKENIZERS))}; use the Hugging Face folder of the model"
+            f"GGUF {model.key(dimensions)} other than the head size {head_dim} is not supported"
         )
-    pre_tokenizer, is_llama3 = _PRE_TOKENIZERS[name]
-    merges = [_split_merge(merge) for merge in reader.texts("tokenizer.ggml.merges")]
-    try:
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama3)
-    except Exception as error:  # the library raises bare Exception
-        raise FormatError(f"GGUF tokenizer does not hold together: {error}") from None
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.ByteLevel()
-    return backend, is_llama3
+    return {
+        "rope_theta": model.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(model, head_dim),
+    }
 
 
-def _sentencepiece(reader: _Reader, vocab: dict[str, int]) -> tokenizers.Tokenizer:
-    scores = reader.numbers("tokenizer.ggml.scores")
-    types = reader.integers("tokenizer.ggml.token_type")
-    if not len(vocab) == len(scores) == len(types):
-        raise FormatError(
-            f"GGUF tokenizer has {len(vocab)} tokens, {len(scores)} scores and "
-            f"{len(types)} token types"
-        )
-    unknown = [token for token, token_id in vocab.items() if types[token_id] == _TOKEN_UNKNOWN]
-    try:
-        return sentencepiece_bpe(
-            vocab,
-            scores,
-            [token for token, token_id in vocab.items() if types[token_id] == _TOKEN_NORMAL],
-            unknown_token=unknown[0] if unknown else None,
-            add_space_prefix=reader.flag("tokenizer.ggml.add_space_prefix", True),
-        )
-    except Exception as error:  # the library raises bare Exception
-        raise FormatError(f"GGUF tokenizer does not hold together: {error}") from None
-
-
-def _split_merge(merge: str) -> tuple[str, str]:
-    left, separator, right = merge.partition(" ")
-    if not (left and separator and right) or " " in right:
-        raise FormatError(f"GGUF tokenizer merge {merge[:40]!r} is not two tokens")
-    return left, right
-
-
-def _split_pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_DIGITS_THEN_GPT2 = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
-_PRE_TOKENIZERS: Mapping[str, tuple[pre_tokenizers.PreTokenizer, bool]] = {
-    "gpt-2": (_GPT2, False),
-    "smollm": (_DIGITS_THEN_GPT2, False),
-    "llama-bpe": (_split_pre_tokenizer(_LLAMA3_SPLIT), True),
-}
-"""Name in the file: how text is cut, and whether, as in Llama 3, whole known words skip
-merging and a BOS is the rule."""
-
-
-def _add_added_tokens(
-    backend: tokenizers.Tokenizer, reader: _Reader, tokens: Sequence[str]
-) -> None:
-    types = reader.integers("tokenizer.ggml.token_type")
-    if types and len(types) != len(tokens):
-        raise FormatError(f"GGUF tokenizer has {len(tokens)} tokens and {len(types)} token types")
-    for wanted, special in ((_TOKEN_CONTROL, True), (_TOKEN_USER_DEFINED, False)):
-        found = [
-            AddedToken(token, special=special, normalized=False)
-            for token, token_type in zip(tokens, types, strict=False)
-            if token_type == wanted
-        ]
-        if special:
-            backend.add_special_tokens(found)
-        else:
-            backend.add_tokens(found)
-
-
-def _set_post_processor(
-    backend: tokenizers.Tokenizer,
-    reader: _Reader,
-    tokens: Sequence[str],
-    adds_bos: bool,
-    bos_token_id: int | None,
-    eos_token_ids: Sequence[int],
-) -> None:
-    for token_id in (bos_token_id, *eos_token_ids):
-        if token_id is not None and not 0 <= token_id < len(tokens):
-            raise FormatError(f"GGUF special token id {token_id} is outside the vocabulary")
-    pieces = ["$A"]
-    special = []
-    if reader.flag("tokenizer.ggml.add_bos_token", adds_bos) and bos_token_id is not None:
-        pieces.insert(0, tokens[bos_token_id])
-        special.append((tokens[bos_token_id], bos_token_id))
-    if reader.flag("tokenizer.ggml.add_eos_token") and eos_token_ids:
-        pieces.append(tokens[eos_token_ids[0]])
-        special.append((tokens[eos_token_ids[0]], eos_token_ids[0]))
-    if special:
-        backend.post_processor = TemplateProcessing(single=pieces, special_tokens=special)
-
-
-def _vocab_size(reader: _Reader) -> int:
-    tokens = reader.metadata.get("tokenizer.ggml.tokens")
-    return reader.positive("llama.vocab_size", len(tokens) if isinstance(tokens, list) else None)
-
-
-def _rope_scaling(
-    reader: _Reader, head_dim: int, factors: Sequence[float] | None
-) -> RopeScaling | None:
-    kind = reader.text("llama.rope.scaling.type", "none")
+def _rope_scaling(model: _Model, head_dim: int) -> RopeScaling | None:
+    kind = model.text("rope.scaling.type", "none")
+    factors = model.rope_tensors.get(ROPE_FACTORS)
     if factors is not None:
         if kind != "none":
             raise FormatError(f"GGUF has both {ROPE_FACTORS} and rope scaling {kind!r}")
-        if len(factors) != head_dim // 2 or not all(0 < f < math.inf for f in factors):
-            raise FormatError(f"GGUF {ROPE_FACTORS} must hold {head_dim // 2} positive numbers")
-        return RopeScaling(kind="factors", factor=1.0, factors=tuple(map(float, factors)))
+        return RopeScaling(
+            kind="factors", factor=1.0, factors=_factors(ROPE_FACTORS, factors, head_dim // 2)
+        )
     if kind == "none":
         return None
     if kind != "linear":
         raise FormatError(f"GGUF rope scaling {kind!r} is not supported, only none and linear")
-    return RopeScaling(kind="linear", factor=reader.number("llama.rope.scaling.factor"))
+    return RopeScaling(kind="linear", factor=model.number("rope.scaling.factor"))
 
 
-def _bos_token_id(reader: _Reader) -> int | None:
-    return reader.optional_integer("tokenizer.ggml.bos_token_id")
+def _factors(name: str, factors: Sequence[float], num_pairs: int) -> tuple[float, ...]:
+    if len(factors) != num_pairs or not all(0 < f < math.inf for f in factors):
+        raise FormatError(f"GGUF {name} must hold {num_pairs} positive numbers")
+    return tuple(map(float, factors))
 
 
-def _eos_token_ids(reader: _Reader) -> tuple[int, ...]:
-    """The ids that end an answer: end of sequence, of turn and of message."""
-    ids = (
-        reader.optional_integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
+def _llama(model: _Model) -> ModelConfig:
+    common = _common(model)
+    experts = _experts(model) if model.integer("expert_count", 0) else {}
+    return ModelConfig(
+        family="mixtral" if experts else "llama",
+        **common,
+        **_rope(model, common),
+        **experts,
+        attention_bias="blk.0.attn_q.bias" in model.names,
+        mlp_bias="blk.0.ffn_up.bias" in model.names,
+        sliding_window=model.integer("attention.sliding_window", 0) or None,
     )
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
-class _Reader:
-    """Typed access to metadata; each miss is a FormatError that names the key."""
+def _experts(model: _Model) -> dict[str, Any]:
+    num_experts = model.positive("expert_count")
+    num_chosen = model.positive("expert_used_count")
+    if num_chosen > num_experts:
+        raise FormatError(f"GGUF uses {num_chosen} of {num_experts} experts")
+    return {"num_experts": num_experts, "num_experts_per_token": num_chosen}
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.metadata = metadata
 
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.metadata.get(key, default)
-        if value is None:
-            raise FormatError(f"GGUF metadata lacks {key!r}")
-        return value
+def _qwen2(model: _Model) -> ModelConfig:
+    common = _common(model)
+    return ModelConfig(family="qwen2", **common, **_rope(model, common), attention_bias=True)
 
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._get(key, default)
-        if not isinstance(value, str):
-            raise FormatError(f"GGUF metadata {key!r} must be a string")
-        return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise FormatError(f"GGUF metadata {key!r} must be a whole number")
-        return value
+def _qwen3(model: _Model) -> ModelConfig:
+    common = _common(model)
+    return ModelConfig(
+        family="qwen3",
+        **common,
+        **_rope(model, common),
+        attention_bias="blk.0.attn_q.bias" in model.names,
+    )
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        value = self.integer(key, default)
-        if value == 0:
-            raise FormatError(f"GGUF metadata {key!r} must be positive")
-        return value
 
-    def optional_integer(self, key: str) -> int | None:
-        return self.integer(key) if key in self.metadata else None
+def _qwen3_moe(model: _Model) -> ModelConfig:
+    common = _common(model)
+    common["intermediate_size"] = model.positive("expert_feed_forward_length")
+    return ModelConfig(
+        family="qwen3_moe",
+        **common,
+        **_rope(model, common),
+        **_experts(model),
+        attention_bias="blk.0.attn_q.bias" in model.names,
+    )
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-            raise FormatError(f"GGUF metadata {key!r} must be a positive number")
-        return float(value)
 
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.metadata.get(key, default)
-        if not isinstance(value, bool):
-            raise FormatError(f"GGUF metadata {key!r} must be a boolean")
-        return value
+def _gemma3(model: _Model) -> ModelConfig:
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if model.is_present(name):
+            raise FormatError(f"GGUF {model.key(name)} is not supported for gemma3")
+    common = _common(model)
+    num_layers, head_dim = common["num_layers"], common["head_dim"]
+    period = model.positive("attention.sliding_window_pattern", GEMMA3_LAYERS_A_WHOLE_ONE)
+    window = model.positive("attention.sliding_window")
+    windows = tuple(window if (layer + 1) % period else None for layer in range(num_layers))
+    is_mixed = len(set(windows)) > 1
+    # The file has no field for the scale; only the 27B model's is not by the head size.
+    scalar = head_dim
+    if num_layers == GEMMA3_27B_LAYERS:
+        scalar = common["hidden_size"] // common["num_heads"]
+    return ModelConfig(
+        family="gemma3",
+        **common,
+        **_rope(model, common),
+        hidden_act="gelu_tanh",
+        rope_local_theta=model.number("rope.freq_base_swa", 10000.0),
+        query_pre_attn_scalar=float(scalar),
+        sliding_window=None if is_mixed else windows[0],
+        layer_windows=windows if is_mixed else (),
+    )
 
-    def texts(self, key: str) -> list[str]:
-        value = self._get(key, None)
-        if not isinstance(value, list):
-            raise FormatError(f"GGUF metadata {key!r} must be an array of strings")
-        return value
 
-    def integers(self, key: str) -> list[int]:
-        """Whole numbers, none when the file lacks the key."""
-        result: list[int] = self._array(key, "iu", "whole numbers")
-        return result
+def _phi3(model: _Model) -> ModelConfig:
+    common = _common(model)
+    head_dim = common["head_dim"]
+    rotary_dim = model.positive("rope.dimension_count", head_dim)
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise FormatError(
+            f"GGUF {model.key('rope.dimension_count')} {rotary_dim} is not an even part of the "
+            f"head size {head_dim}"
+        )
+    return ModelConfig(
+        family="phi3",
+        **common,
+        rope_theta=model.number("rope.freq_base", 10000.0),
+        rope_scaling=_phi3_scaling(model, common["max_position_embeddings"], rotary_dim),
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        sliding_window=model.integer("attention.sliding_window", 0) or None,
+    )
 
-    def numbers(self, key: str) -> list[float]:
-        """Numbers, none when the file lacks the key."""
-        result: list[float] = self._array(key, "f", "numbers")
-        return result
 
-    def _array(self, key: str, kinds: str, what: str) -> list[Any]:
-        value = self.metadata.get(key)
-        if value is None:
-            return []
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
-            raise FormatError(f"GGUF metadata {key!r} must be an array of {what}")
-        return list(value.tolist())
+def _phi3_scaling(model: _Model, max_positions: int, rotary_dim: int) -> RopeScaling | None:
+    kind = model.text("rope.scaling.type", "none")
+    if kind not in ("none", "longrope"):
+        raise FormatError(f"GGUF rope scaling {kind!r} is not supported, only none and longrope")
+    present = [name for name in (LONG_FACTORS, SHORT_FACTORS) if name in model.rope_tensors]
+    if not present:
+        return None
+    if len(present) == 1:
+        raise FormatError(f"GGUF has {present[0]} without its counterpart")
+    original = model.positive("rope.scaling.original_context_length")
+    long_factors, short_factors = (
+        _factors(name, model.rope_tensors[name], rotary_dim // 2) for name in present
+    )
+    return RopeScaling(
+        kind="longrope",
+        factor=max_positions / original,
+        original_max_position_embeddings=original,
+        factors=short_factors,
+        long_factors=long_factors,
+        attention_factor=model.number("rope.scaling.attn_factor", 1.0),
+    )
+
+
+def _gpt2(model: _Model) -> ModelConfig:
+    return ModelConfig(
+        family="gpt2",
+        **_common(model, eps="layer_norm_epsilon"),
+        hidden_act="gelu_tanh",
+        attention_bias=True,
+        mlp_bias=True,
+        rotary_dim=0,
+    )
+
+
+def _falcon(model: _Model) -> ModelConfig:
+    common = _common(model, eps="layer_norm_epsilon")
+    return ModelConfig(
+        family="falcon",
+        **common,
+        **_rope(model, common),
+        hidden_act="gelu",
+        attention_bias="blk.0.attn_qkv.bias" in model.names,
+        mlp_bias="blk.0.ffn_up.bias" in model.names,
+        num_layer_norms=2 if "blk.0.attn_norm_2.weight" in model.names else 1,
+    )
+
+
+ARCHITECTURES: Mapping[str, Translate] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "gpt2": _gpt2,
+    "falcon": _falcon,
+    "qwen3moe": _qwen3_moe,
+}
+"""`general.architecture` to its translation, token ids left out. "llama" covers Llama, Mistral,
+SmolLM2 and Mixtral."""

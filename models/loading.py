@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,15 @@ from checkpoint.param_loading import Progress, load_params
 from checkpoint.tensor_source import TensorSource
 from models.checkpoint_model import is_model_folder, open_stored_model
 from models.config import ModelConfig
-from models.gguf_model import ROPE_FACTORS, config_from_gguf, tokenizer_from_gguf
+from models.decoder import Params
+from models.gguf_model import ROPE_TENSORS, config_from_gguf
+from models.gguf_tokenizer import tokenizer_from_gguf
 from models.hf_config import config_from_hf
-from models.llama import Params
+from models.json_file import read_json
 from models.model_path import split_step
 from models.own_names import SCANNED, UNSCANNED, own_name_table
 from models.registry import ModelFamily, get_family
 from models.tokenizer import Tokenizer
-
-MAX_JSON_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -113,11 +112,13 @@ def open_model(path: str | Path) -> ModelSource:
 def _open_gguf(path: Path) -> ModelSource:
     file = GgufFile(path)
     names = file.names()
-    rope_factors = file.read(ROPE_FACTORS).ravel().tolist() if ROPE_FACTORS in names else None
+    rope_tensors = {
+        name: file.read(name).ravel().tolist() for name in ROPE_TENSORS if name in names
+    }
     return ModelSource(
         name=path.stem,
         path=path,
-        config=config_from_gguf(file.metadata, names, rope_factors),
+        config=config_from_gguf(file.metadata, names, rope_tensors),
         tensors=file,
         convention="gguf",
         read_tokenizer=lambda: tokenizer_from_gguf(file.metadata),
@@ -137,7 +138,7 @@ def _open_own(path: Path, step: int | None) -> ModelSource:
 
 
 def _open_folder(path: Path) -> ModelSource:
-    fields = _read_json(path / "config.json")
+    fields = read_json(path / "config.json")
     if fields is None:
         raise FormatError(
             f"{path} holds no config.json and no model.json, so it is not a model's folder"
@@ -145,22 +146,8 @@ def _open_folder(path: Path) -> ModelSource:
     return ModelSource(
         name=path.resolve().name,
         path=path,
-        config=config_from_hf(fields, _read_json(path / "generation_config.json")),
+        config=config_from_hf(fields, read_json(path / "generation_config.json")),
         tensors=SafetensorsFolder(path),
         convention="hf",
         read_tokenizer=lambda: Tokenizer.from_folder(path),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise FormatError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise FormatError(f"{path.name} must hold a JSON object")
-    return fields

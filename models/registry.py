@@ -10,14 +10,29 @@ import jax
 from jax.typing import DTypeLike
 
 from checkpoint.name_table import NameTable
-from models import llama, llama_names
+from models import (
+    falcon_names,
+    gemma3_names,
+    gpt2_names,
+    llama_names,
+    moe_names,
+    phi3_names,
+    qwen_names,
+)
 from models.config import ModelConfig
-from models.llama import Attend, Cache, Params
+from models.decoder import Attend, Cache, Decoder, Params
+from models.falcon import FALCON_DECODER
+from models.gemma3 import GEMMA3_DECODER
+from models.gpt2 import GPT2_DECODER
+from models.llama import LLAMA_DECODER
+from models.moe import MIXTRAL_DECODER, QWEN3_MOE_DECODER
+from models.phi3 import PHI3_DECODER
+from models.qwen import QWEN2_DECODER, QWEN3_DECODER
 from models.training_hooks import TrainingHooks
 
 
 class RunLayers(Protocol):
-    """See `models.llama.run_layers`."""
+    """See `models.decoder.Decoder.run_layers`."""
 
     def __call__(
         self,
@@ -47,18 +62,60 @@ class ModelFamily:
     """File convention ("hf" or "gguf") to the table for a config."""
 
 
-LLAMA = ModelFamily(
-    name="llama",
-    init_params=llama.init_params,
-    abstract_params=llama.abstract_params,
-    embed=llama.embed,
-    run_layers=llama.run_layers,
-    logits=llama.logits,
-    logits_params=llama.logits_params,
-    name_tables={"hf": llama_names.hf_name_table, "gguf": llama_names.gguf_name_table},
-)
+def _family(
+    name: str,
+    decoder: Decoder,
+    hf: Callable[[ModelConfig], NameTable],
+    gguf: Callable[[ModelConfig], NameTable],
+) -> ModelFamily:
+    return ModelFamily(
+        name=name,
+        init_params=decoder.init_params,
+        abstract_params=decoder.abstract_params,
+        embed=decoder.embed,
+        run_layers=decoder.run_layers,
+        logits=decoder.logits,
+        logits_params=decoder.logits_params,
+        name_tables={"hf": hf, "gguf": gguf},
+    )
 
-FAMILIES: Mapping[str, ModelFamily] = {LLAMA.name: LLAMA}
+
+LLAMA = _family("llama", LLAMA_DECODER, llama_names.hf_name_table, llama_names.gguf_name_table)
+
+FAMILIES: Mapping[str, ModelFamily] = {
+    family.name: family
+    for family in (
+        LLAMA,
+        _family(
+            "qwen2",
+            QWEN2_DECODER,
+            qwen_names.qwen2_hf_name_table,
+            qwen_names.qwen2_gguf_name_table,
+        ),
+        _family(
+            "qwen3",
+            QWEN3_DECODER,
+            qwen_names.qwen3_hf_name_table,
+            qwen_names.qwen3_gguf_name_table,
+        ),
+        _family("gemma3", GEMMA3_DECODER, gemma3_names.hf_name_table, gemma3_names.gguf_name_table),
+        _family("phi3", PHI3_DECODER, phi3_names.hf_name_table, phi3_names.gguf_name_table),
+        _family("gpt2", GPT2_DECODER, gpt2_names.hf_name_table, gpt2_names.gguf_name_table),
+        _family("falcon", FALCON_DECODER, falcon_names.hf_name_table, falcon_names.gguf_name_table),
+        _family(
+            "mixtral",
+            MIXTRAL_DECODER,
+            moe_names.mixtral_hf_name_table,
+            moe_names.mixtral_gguf_name_table,
+        ),
+        _family(
+            "qwen3_moe",
+            QWEN3_MOE_DECODER,
+            moe_names.qwen3_moe_hf_name_table,
+            moe_names.qwen3_moe_gguf_name_table,
+        ),
+    )
+}
 
 
 def get_family(name: str) -> ModelFamily:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
-from models.llama import Params
+from models.decoder import Params
 from models.lora import Lora
 from models.ops.attention.packed import packed_attention
+from models.ops.attention.window import layer_window
 from models.ops.cross_entropy import weighted_nll_sum
 from models.registry import get_family
 from models.training_hooks import Branch, TrainingHooks
@@ -83,9 +84,9 @@ def loss_sum(
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[()], layer_index: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
-        del layer_index
         q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
-        out = packed_attention(q, k, v, rows.segment_ids, sliding_window=config.sliding_window)
+        window = layer_window(config, layer_index)
+        out = packed_attention(q, k, v, rows.segment_ids, sliding_window=window)
         return out.reshape(batch * length, *out.shape[2:]), cache
 
     x = family.embed(params, config, rows.inputs.reshape(-1))

@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from checkpoint.formats.gguf import GgufFile
-from models.gguf_model import tokenizer_from_gguf
+from models.gguf_tokenizer import tokenizer_from_gguf
 
 NUM_OUTPUT_TOKENS = 48
 NEAR_TIE_MARGIN = 1e-3

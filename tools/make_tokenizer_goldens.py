@@ -17,6 +17,10 @@ has transformers render the file's own chat template, and
     python tools/make_tokenizer_goldens.py sentencepiece MODEL.gguf tests/goldens/tokenizer
 
 trains a small SentencePiece model on the corpus and asks it for its tokens.
+
+    python tools/make_tokenizer_goldens.py gemma3 GEMMA3.gguf tests/goldens/tokenizer
+
+asks llama.cpp for the tokens of the corpus under Gemma 3's own vocabulary.
 """
 
 # ruff: noqa: RUF001  (the corpus is meant to confuse)
@@ -84,6 +88,14 @@ HAND_WRITTEN = [
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 ]
 
+GEMMA3_TEXTS = [
+    "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n",
+    "a\n\n\n\nb" + "\n" * 40 + "c",
+    "a" + " " * 7 + "b" + " " * 40 + "c\n\n   d",
+    "\t\t\tindented\t\tmore",
+    "<table><tr><td>x</td></tr></table>",
+]
+
 SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 CHATS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "Hi"}],
@@ -131,6 +143,14 @@ def make_tokens(model: Path, folder: Path) -> None:
             ids = llama_cpp_tokens(path, texts)
         cases = [{"text": text, "ids": found} for text, found in zip(texts, ids, strict=True)]
         write(folder / f"{pre}.json", {"pre": pre, "reference": "llama.cpp", "cases": cases})
+
+
+def make_gemma3(model: Path, folder: Path) -> None:
+    """Writes llama.cpp's tokens of the corpus under Gemma 3's vocabulary."""
+    texts = HAND_WRITTEN + GEMMA3_TEXTS + random_texts(150)
+    found = zip(texts, llama_cpp_tokens(model, texts), strict=True)
+    cases = [{"text": text, "ids": ids} for text, ids in found]
+    write(folder / "gemma3.json", {"reference": "llama.cpp", "cases": cases})
 
 
 def with_pre_tokenizer(model: Path, pre: str, target: Path) -> None:
@@ -256,11 +276,16 @@ def write(path: Path, value: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("part", choices=["tokens", "chat", "sentencepiece"])
-    parser.add_argument("model", type=Path, help="SmolLM2-135M-Instruct as a GGUF file")
+    parser.add_argument("part", choices=["tokens", "chat", "sentencepiece", "gemma3"])
+    parser.add_argument("model", type=Path, help="SmolLM2 or Gemma 3 as a GGUF file")
     parser.add_argument("folder", type=Path, help="where the goldens go")
     arguments = parser.parse_args()
-    parts = {"tokens": make_tokens, "chat": make_chat, "sentencepiece": make_sentencepiece}
+    parts = {
+        "tokens": make_tokens,
+        "chat": make_chat,
+        "sentencepiece": make_sentencepiece,
+        "gemma3": make_gemma3,
+    }
     parts[arguments.part](arguments.model, arguments.folder)
 
 

@@ -97,6 +97,7 @@ def resolve_settings(
         raise ConfigError(
             f"--max-model-len {max_model_len} is beyond the model's own limit of {model_limit}"
         )
+    model_config = model_config.for_context(max_model_len)
     token_budget, max_num_seqs, buckets = _resolve_rows(config, defaults)
     weights_bytes = tree_bytes(get_family(model_config.family).abstract_params(model_config, dtype))
     num_pages = choose_num_pages(

@@ -24,6 +24,7 @@ from jaxserve.engine.step_inputs import TAKE_FROM_SLOT, StepLayout
 from models.config import ModelConfig
 from models.ops.attention.kv_pool import write_rows
 from models.ops.attention.registry import AttentionImplementation
+from models.ops.attention.window import layer_window
 from models.registry import get_family
 
 Params = Any
@@ -64,7 +65,7 @@ def make_step(
                 layer_index,
                 work,
                 tiling=layout.tiling,
-                sliding_window=config.sliding_window,
+                sliding_window=layer_window(config, layer_index),
             )
             return out, pool
 

@@ -42,5 +42,8 @@ def test_unpermute_moves_neighbouring_pairs_to_the_two_halves(shape: tuple[int, 
 def test_a_rule_with_layer_fills_a_stacked_leaf() -> None:
     rule = TensorRule("blk.{layer}.attn_norm.weight", "layers.attention_norm.scale")
     assert rule.is_stacked
-    assert rule.name_of(12) == "blk.12.attn_norm.weight"
+    assert list(rule.parts((2, 5))) == [
+        ("blk.0.attn_norm.weight", (0,)),
+        ("blk.1.attn_norm.weight", (1,)),
+    ]
     assert not TensorRule("output_norm.weight", "final_norm").is_stacked

@@ -79,9 +79,10 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("changes", "names", "message"),
     [
-        ({"general__architecture": "mamba"}, NAMES, "'mamba' is not supported, only llama"),
+        ({"general__architecture": "mamba"}, NAMES, "'mamba' is not supported, only llama, qwen2"),
         ({"general__architecture": None}, NAMES, "lacks 'general.architecture'"),
-        ({"llama__expert_count": 8}, NAMES, "experts"),
+        ({"llama__expert_count": 8}, NAMES, "lacks 'llama.expert_used_count'"),
+        ({"llama__expert_count": 2, "llama__expert_used_count": 3}, NAMES, "3 of 2 experts"),
         ({"llama__rope__scaling__type": "yarn"}, NAMES, "'yarn' is not supported"),
         ({"llama__rope__scaling__type": "linear"}, NAMES, "scaling.factor"),
         ({"llama__attention__head_count": 0}, NAMES, "must be positive"),
@@ -103,6 +104,103 @@ def test_defaults() -> None:
 def test_refusals(changes: dict[str, Any], names: tuple[str, ...], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         config_from_gguf(metadata(**changes), names)
+
+
+def other(architecture: str, **changes: Any) -> dict[str, Any]:
+    """Metadata of a small model of another architecture; `__` in a name stands for a dot."""
+    base: dict[str, Any] = {
+        "vocab_size": 1000,
+        "embedding_length": 64,
+        "feed_forward_length": 160,
+        "block_count": 8,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 2,
+        "context_length": 4096,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+    }
+    fields = base | {key.replace("__", "."): value for key, value in changes.items()}
+    named = {f"{architecture}.{key}": value for key, value in fields.items()}
+    return {"general.architecture": architecture, **named}
+
+
+def test_qwen() -> None:
+    config = config_from_gguf(other("qwen2", rope__freq_base=1e6), NAMES)
+    assert (config.family, config.attention_bias, config.rope_theta) == ("qwen2", True, 1e6)
+    config = config_from_gguf(other("qwen3", attention__key_length=16), NAMES)
+    assert (config.family, config.attention_bias, config.head_dim) == ("qwen3", False, 16)
+    experts = {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 24}
+    config = config_from_gguf(other("qwen3moe", **experts), NAMES)
+    assert (config.family, config.num_experts, config.num_experts_per_token) == ("qwen3_moe", 6, 2)
+    assert config.intermediate_size == 24
+    assert config.normalize_expert_weights
+
+
+def test_mixtral_is_a_llama_with_experts() -> None:
+    config = config_from_gguf(metadata(llama__expert_count=4, llama__expert_used_count=2), NAMES)
+    assert (config.family, config.num_experts, config.num_experts_per_token) == ("mixtral", 4, 2)
+
+
+def test_gemma3() -> None:
+    config = config_from_gguf(other("gemma3", attention__sliding_window=16), NAMES[:1])
+    assert config.family == "gemma3"
+    assert config.layer_windows == (16,) * 5 + (None,) + (16,) * 2
+    assert (config.rope_local_theta, config.query_pre_attn_scalar) == (1e4, 8.0)
+    assert (config.hidden_act, config.tie_word_embeddings) == ("gelu_tanh", True)
+    large = other("gemma3", block_count=62, attention__key_length=16, attention__sliding_window=16)
+    assert config_from_gguf(large, NAMES).query_pre_attn_scalar == 8.0, "E / H in 27B"
+
+
+def test_phi3() -> None:
+    fields = other("phi3", rope__dimension_count=6, attention__sliding_window=32)
+    config = config_from_gguf(fields, NAMES)
+    assert (config.family, config.rotary_dim, config.sliding_window) == ("phi3", 6, 32)
+    assert config.rope_scaling is None
+    scaling = {"rope__scaling__original_context_length": 1024, "rope__scaling__attn_factor": 1.2}
+    tensors = {"rope_factors_short.weight": [1.0] * 3, "rope_factors_long.weight": [2.0] * 3}
+    config = config_from_gguf(other("phi3", rope__dimension_count=6, **scaling), NAMES, tensors)
+    assert config.rope_scaling == RopeScaling(
+        "longrope",
+        4.0,
+        original_max_position_embeddings=1024,
+        factors=(1.0,) * 3,
+        long_factors=(2.0,) * 3,
+        attention_factor=1.2,
+    )
+
+
+def test_families_with_layer_norm() -> None:
+    eps = {"attention__layer_norm_epsilon": 1e-5, "attention__layer_norm_rms_epsilon": None}
+    config = config_from_gguf(other("gpt2", attention__head_count_kv=8, **eps), NAMES)
+    assert (config.family, config.rotary_dim, config.rms_norm_eps) == ("gpt2", 0, 1e-5)
+    config = config_from_gguf(other("falcon", attention__head_count_kv=1, **eps), NAMES)
+    assert (config.family, config.num_layer_norms, config.hidden_act) == ("falcon", 1, "gelu")
+    names = (*NAMES, "blk.0.attn_norm_2.weight", "blk.0.attn_qkv.bias")
+    config = config_from_gguf(other("falcon", **eps), names)
+    assert (config.num_layer_norms, config.attention_bias) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "message"),
+    [
+        (other("qwen2", rope__scaling__type="yarn"), {}, "'yarn' is not supported"),
+        (other("gemma3"), {}, "lacks 'gemma3.attention.sliding_window'"),
+        (other("gemma3", final_logit_softcapping=30.0), {}, "final_logit_softcapping"),
+        (other("phi3", rope__dimension_count=5), {}, "not an even part"),
+        (other("phi3"), {"rope_factors_long.weight": [1.0] * 4}, "without its counterpart"),
+        (
+            other("phi3", rope__scaling__original_context_length=1024),
+            {"rope_factors_long.weight": [1.0] * 3, "rope_factors_short.weight": [1.0] * 4},
+            "must hold 4 positive",
+        ),
+        (other("qwen3moe"), {}, "lacks 'qwen3moe.expert_feed_forward_length'"),
+        (other("gpt2"), {}, "lacks 'gpt2.attention.layer_norm_epsilon'"),
+    ],
+)
+def test_refusals_of_other_architectures(
+    fields: dict[str, Any], tensors: dict[str, list[float]], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        config_from_gguf(fields, NAMES, tensors)
 
 
 @pytest.mark.real_model

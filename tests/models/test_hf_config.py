@@ -107,13 +107,16 @@ def test_generation_config_says_which_tokens_end_a_turn(eos_token_id: Any) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architectures names 'GPT2LMHeadModel'"),
+        (
+            {"architectures": ["OPTForCausalLM"]},
+            "architectures names 'OPTForCausalLM'.*Qwen3MoeForCausalLM",
+        ),
         ({"architectures": None}, "architectures is None"),
         ({"architectures": []}, "architectures is"),
         ({"model_type": "mistral"}, "model_type 'mistral' does not go with"),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map.*never done"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'.*gelu_new"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling.rope_type 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope_type 'dynamic'"),

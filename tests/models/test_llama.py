@@ -95,7 +95,7 @@ def test_layers_run_as_one_scan_with_the_cache_in_its_carry(params: dict) -> Non
 def test_float32_matmuls_ask_for_full_precision(params: dict) -> None:
     def forward(params: dict, token_ids: jax.Array) -> jax.Array:
         x = LLAMA.embed(params, CONFIG, token_ids)
-        x, _ = LLAMA.run_layers(params, CONFIG, x, jnp.arange(4), (), dense_attend())
+        x, _ = LLAMA.run_layers(params, CONFIG, x, jnp.arange(4), (), dense_attend(CONFIG))
         return LLAMA.logits(params, CONFIG, x)
 
     text = str(jax.make_jaxpr(forward)(params, jnp.arange(4)))
@@ -107,7 +107,7 @@ def test_bfloat16_params_give_float32_logits_close_to_float32(params: dict) -> N
     @jax.jit
     def forward(params: dict) -> jax.Array:
         x = LLAMA.embed(params, CONFIG, jnp.arange(6))
-        x, _ = LLAMA.run_layers(params, CONFIG, x, jnp.arange(6), (), dense_attend())
+        x, _ = LLAMA.run_layers(params, CONFIG, x, jnp.arange(6), (), dense_attend(CONFIG))
         assert x.dtype == params["embed"].dtype
         return LLAMA.logits(params, CONFIG, x)
 
@@ -118,8 +118,8 @@ def test_bfloat16_params_give_float32_logits_close_to_float32(params: dict) -> N
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     assert get_family("llama") is LLAMA
-    with pytest.raises(ValueError, match=r"'gpt2' is not supported; use one of \['llama'\]"):
-        get_family("gpt2")
+    with pytest.raises(ValueError, match=r"'opt' is not supported; use one of \['falcon'"):
+        get_family("opt")
 
 
 def test_rope_keeps_lengths_and_depends_on_distance_only() -> None:

@@ -40,7 +40,7 @@ class DenseModel:
         def forward(params: dict, token_ids: jax.Array, first: jax.Array) -> jax.Array:
             x = family.embed(params, config, token_ids)
             positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-            x, _ = family.run_layers(params, config, x, positions, (), dense_attend())
+            x, _ = family.run_layers(params, config, x, positions, (), dense_attend(config))
             rows = jax.lax.dynamic_slice_in_dim(x, first, num_rows)
             return family.logits(params, config, rows)
 

@@ -25,7 +25,7 @@ def dense_logits(source: ModelSource, params: dict, token_ids: np.ndarray) -> np
     def forward(params: dict, token_ids: jax.Array) -> jax.Array:
         x = family.embed(params, config, token_ids)
         positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-        attend = dense_attend(config.sliding_window)
+        attend = dense_attend(config)
         x, _ = family.run_layers(params, config, x, positions, (), attend)
         return family.logits(params, config, x)
 

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from checkpoint.errors import FormatError
 from checkpoint.formats.gguf import GgufFile
 from models.chat_sandbox import ChatTemplateError
-from models.gguf_model import tokenizer_from_gguf
+from models.gguf_tokenizer import tokenizer_from_gguf
 from models.tokenizer import Tokenizer, TokenizerError
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "tokenizer"

@@ -121,10 +121,18 @@ class Driver:
         settings: shapes of the steps and size of the pool.
         depth: steps in flight.
         poison: fill every page with NaN at first and again when it is freed.
+        executor: another model's than that of `tiny_params`.
     """
 
-    def __init__(self, settings: EngineSettings, *, depth: int = 2, poison: bool = True) -> None:
-        self.executor = tiny_executor(settings, depth)
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        depth: int = 2,
+        poison: bool = True,
+        executor: JaxExecutor | None = None,
+    ) -> None:
+        self.executor = executor or tiny_executor(settings, depth)
         config = replace(settings.scheduler, max_in_flight=depth)
         self.scheduler = Scheduler(config)
         self.plans: list[StepPlan] = []
@@ -191,7 +199,7 @@ def run_alone(settings: EngineSettings, request: Request, **kwargs: object) -> S
 @partial(jax.jit, static_argnames="config")
 def _dense_logits(params, tokens, config: ModelConfig):
     x = embed(params, config, tokens)
-    attend = dense_attend(config.sliding_window)
+    attend = dense_attend(config)
     x, _ = run_layers(params, config, x, jnp.arange(tokens.shape[0]), (), attend)
     return logits(params, config, x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from models.ops.attention.kv_pool import write_rows
 from models.ops.attention.registry import IMPLEMENTATIONS, select
+from models.ops.attention.window import WHOLE_CONTEXT
 from models.ops.attention.work import AttentionTiling, AttentionWork
 
 NUM_LAYERS, NUM_PAGES, NUM_SLOTS, NUM_ROWS = 2, 24, 4, 40
@@ -104,22 +106,29 @@ def attention(request: pytest.FixtureRequest):
     """Compiled once per window: write this step's rows, then attend."""
     implementation = select(request.param, "cpu")
 
-    def make(window: int | None):
-        @jax.jit
-        def run(q, k, v, pool, layer, work):
-            pool = write_rows(pool, k, v, layer, work)
-            out = implementation.call(q, pool, layer, work, tiling=TILING, sliding_window=window)
-            return out, pool
+    @partial(jax.jit, static_argnames="fixed")
+    def run(q, k, v, pool, layer, work, fixed, traced):
+        pool = write_rows(pool, k, v, layer, work)
+        window = fixed if traced is None else traced
+        out = implementation.call(q, pool, layer, work, tiling=TILING, sliding_window=window)
+        return out, pool
 
-        return run
+    return {
+        None: partial(run, fixed=None, traced=None),
+        5: partial(run, fixed=5, traced=None),
+        # As of models whose layers differ: a value, not part of the program.
+        "traced 5": partial(run, fixed=None, traced=np.int32(5)),
+        "traced whole": partial(run, fixed=None, traced=np.int32(WHOLE_CONTEXT)),
+    }
 
-    return {window: make(window) for window in (None, 5)}
+
+WINDOWS = {None: None, 5: 5, "traced 5": 5, "traced whole": None}
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     batch=st.lists(sequences, max_size=NUM_SLOTS),
-    window=st.sampled_from([None, 5]),
+    window=st.sampled_from(list(WINDOWS)),
     layer=st.integers(0, NUM_LAYERS - 1),
     seed=st.integers(0, 2**31),
 )
@@ -146,7 +155,7 @@ def test_equals_dense_attention_and_never_reads_poison(attention, batch, window,
     out, new_pool = np.asarray(out), np.asarray(new_pool)
     for row in live:
         context = contexts[row_slots[row]].astype(np.float64)
-        expected = dense(q[row], context[:, 0], context[:, 1], positions[row], window)
+        expected = dense(q[row], context[:, 0], context[:, 1], positions[row], WINDOWS[window])
         np.testing.assert_allclose(out[row], expected, atol=2e-6, rtol=2e-6)
     padding = np.setdiff1d(np.arange(NUM_ROWS), live)
     assert not out[padding].any()

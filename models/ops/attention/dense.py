@@ -9,13 +9,15 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from models.config import ModelConfig
+from models.ops.attention.window import Window, layer_window
 from models.ops.linear import matmul_precision
 
 Cache = TypeVar("Cache")
 
 
 def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, sliding_window: int | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, *, sliding_window: Window = None
 ) -> jax.Array:
     """Causal softmax attention of one sequence with itself.
 
@@ -46,14 +48,18 @@ def dense_attention(
 
 
 def dense_attend(
-    sliding_window: int | None = None,
+    config: ModelConfig,
 ) -> Callable[[jax.Array, jax.Array, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]:
-    """An `attend` for `run_layers` that needs no cache and hands back the one it got."""
+    """An `attend` for `run_layers` that needs no cache and hands back the one it got.
+
+    Args:
+        config: says each layer's window.
+    """
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache, layer_index: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        del layer_index
-        return dense_attention(q, k, v, sliding_window=sliding_window), cache
+        window = layer_window(config, layer_index)
+        return dense_attention(q, k, v, sliding_window=window), cache
 
     return attend

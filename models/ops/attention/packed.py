@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from models.ops.attention.window import Window
 from models.ops.linear import matmul_precision
 
 MASKED = -1e30
@@ -19,7 +20,7 @@ def packed_attention(
     v: jax.Array,
     segment_ids: jax.Array,
     *,
-    sliding_window: int | None = None,
+    sliding_window: Window = None,
 ) -> jax.Array:
     """Each position sees the earlier ones of its own segment, and itself.
 
@@ -46,7 +47,7 @@ def packed_attention(
     return out.reshape(batch, length, num_heads, head_dim).astype(q.dtype)
 
 
-def visible_positions(segment_ids: jax.Array, sliding_window: int | None) -> jax.Array:
+def visible_positions(segment_ids: jax.Array, sliding_window: Window) -> jax.Array:
     """`int32[B, T]` to `bool[B, T, T]`: whether position t (axis 1) sees s (axis 2)."""
     index = jnp.arange(segment_ids.shape[1])
     distance = index[:, None] - index[None, :]

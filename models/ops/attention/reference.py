@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from models.ops.attention.kv_pool import as_values
+from models.ops.attention.window import Window
 from models.ops.attention.work import AttentionTiling, AttentionWork
 
 MASKED = -1e30
@@ -43,7 +44,7 @@ def ragged_paged_attention(
     work: AttentionWork,
     *,
     tiling: AttentionTiling,
-    sliding_window: int | None,
+    sliding_window: Window,
 ) -> jax.Array:
     """Causal attention of `T` rows over their sequences' pages.
 
@@ -54,7 +55,7 @@ def ragged_paged_attention(
         layer_index: int32 scalar.
         work: both row views, see `AttentionWork`.
         tiling: static sizes.
-        sliding_window: a row at position p sees keys p - window + 1 .. p.
+        sliding_window: a row at position p sees keys p - window + 1 .. p; see `Window`.
 
     Returns:
         `[T, H, D]` in q's dtype; zeros for padding rows. Softmax and sums are
@@ -81,7 +82,7 @@ def _attend_items(
     work: AttentionWork,
     items: _Items,
     tiling: AttentionTiling,
-    sliding_window: int | None,
+    sliding_window: Window,
     out: jax.Array,
 ) -> jax.Array:
     num_rows, num_heads, head_dim = q.shape
@@ -123,7 +124,7 @@ def _attend_group(
     kv_pool: jax.Array,
     layer_index: jax.Array,
     tiling: AttentionTiling,
-    sliding_window: int | None,
+    sliding_window: Window,
 ) -> jax.Array:
     """Online softmax of W items `q [W, R, K, G, D]` (float32, scaled) over
     their pages `page_rows [W, pages]`; returns `[W, R, K, G, D]`."""

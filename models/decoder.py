@@ -1,0 +1,220 @@
+"""Decoder: a family's pure functions, made from its layer.
+
+A layer's parameters are stacked on a leading axis of L layers, and `run_layers` scans over
+them: the compiled step has tens of arguments, not thousands, and its size does not grow with
+depth. What differs between layers (window, rotary base) is looked up by the layer's index
+inside that one scan.
+
+Parameters are a nested dict of arrays without empty leaves::
+
+    {"embed": [V, E],
+     "position_embed": [max_position_embeddings, E],   # only where positions are learned
+     "layers": {...: [L, ...]},                        # see the family's file
+     "final_norm": {"scale": [E], "bias"?: [E]},
+     "lm_head": [E, V]}                                # only when embeddings are not tied
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from models.config import ModelConfig
+from models.layers import INIT_STDDEV, BranchOutput, LayerAttend
+from models.ops.linear import attach_adapters, matmul_precision
+from models.ops.norm import LayerNorm, RmsNorm, ZeroCentredRmsNorm
+from models.ops.rope import Rope, layer_rope
+from models.training_hooks import NO_HOOKS, TrainingHooks
+
+Params: TypeAlias = dict[str, Any]
+"""Nested dict of arrays, as drawn above."""
+
+Cache = TypeVar("Cache")
+Attend: TypeAlias = Callable[
+    [jax.Array, jax.Array, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]
+]
+"""`attend(q[T, H, D], k[T, K, D], v[T, K, D], cache, layer_index) -> (out[T, H, D], cache)`.
+
+q and k come rotated and unscaled; `layer_index` is an int32 scalar, by which `layer_window`
+says what the layer sees.
+"""
+
+Norm: TypeAlias = type[RmsNorm] | type[ZeroCentredRmsNorm] | type[LayerNorm]
+
+
+class Layer(Protocol):
+    """One decoder layer."""
+
+    def __call__(
+        self, x: jax.Array, rope: Rope, attend: LayerAttend[Cache], branch_output: BranchOutput
+    ) -> tuple[jax.Array, Cache]:
+        """Run the layer on `x[T, E]`; the result has its shape and dtype.
+
+        `branch_output` is what training does to a branch before it is added to `x`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """The functions that `models.registry.ModelFamily` lists."""
+
+    layer: type[nnx.Module]
+    """A `Layer`, made as `layer(config, dtype=..., rngs=...)`."""
+    norm: Norm
+    """The norm before the head."""
+    scales_embedding: bool = False
+    """Whether embeddings are multiplied by the square root of E."""
+    learns_positions: bool = False
+    """Whether a learned row is added for each position, instead of rotation."""
+
+    def init_params(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Params:
+        """Random parameters.
+
+        Args:
+            config: the model's shape.
+            key: PRNG key; the same key gives the same values.
+            dtype: dtype of every leaf.
+        """
+        params: Params = _init_params(self, config, key, jnp.dtype(dtype))
+        return params
+
+    def abstract_params(self, config: ModelConfig, dtype: DTypeLike) -> Params:
+        """The pytree of `init_params` as `jax.ShapeDtypeStruct`, without computing anything."""
+        shapes: Params = jax.eval_shape(lambda: self.init_params(config, jax.random.key(0), dtype))
+        return shapes
+
+    def embed(self, params: Params, config: ModelConfig, token_ids: jax.Array) -> jax.Array:
+        """`token_ids int32[T]` to rows `[T, E]`. Ids must be in `0 .. V-1`."""
+        rows = jnp.take(params["embed"], token_ids, axis=0, mode="clip")
+        if self.scales_embedding:
+            # Rounded to the dtype first, as the models were trained.
+            rows = rows * jnp.asarray(math.sqrt(config.hidden_size), rows.dtype)
+        return rows
+
+    def run_layers(
+        self,
+        params: Params,
+        config: ModelConfig,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: Cache,
+        attend: Attend[Cache],
+        hooks: TrainingHooks = NO_HOOKS,
+    ) -> tuple[jax.Array, Cache]:
+        """All L decoder layers as one `lax.scan`.
+
+        Args:
+            params: the model's parameters.
+            config: the model's shape.
+            x: `[T, E]`, rows of `embed`.
+            positions: `int32[T]`, each row's position in its sequence.
+            cache: any pytree, for example the KV pool. It rides in the scan's carry, where
+                XLA updates it in place.
+            attend: see `Attend`.
+            hooks: what training adds; the default adds nothing.
+
+        Returns:
+            `(x [T, E], cache)`.
+        """
+        graph = _layer_graph(self, config)
+        rope_of = layer_rope(config, positions)
+        if self.learns_positions:
+            x = x + jnp.take(params["position_embed"], positions, axis=0, mode="clip")
+
+        adapters = {} if hooks.lora is None else hooks.lora.adapters["layers"]
+
+        def body(
+            carry: tuple[jax.Array, Cache], layer_inputs: tuple[Params, Params, jax.Array]
+        ) -> tuple[tuple[jax.Array, Cache], tuple[()]]:
+            rows, layer_cache = carry
+            state, layer_adapters, layer_index = layer_inputs
+            layer: Any = nnx.merge(graph, state)
+            if hooks.lora is not None:
+                attach_adapters(layer, layer_adapters, hooks.lora.scale)
+            rows, layer_cache = layer(
+                rows,
+                rope_of(layer_index),
+                lambda q, k, v: attend(q, k, v, layer_cache, layer_index),
+                lambda out, branch: hooks.branch_output(out, layer_index, branch),
+            )
+            return (rows, layer_cache), ()
+
+        layer_indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+        layers = (params["layers"], adapters, layer_indices)
+        (x, cache), _ = lax.scan(hooks.wrap_layer(body), (x, cache), layers)
+        return x, cache
+
+    def logits_params(self, config: ModelConfig) -> tuple[str, ...]:
+        """The top-level entries of the parameters that `logits` reads."""
+        return ("final_norm", "embed" if config.tie_word_embeddings else "lm_head")
+
+    def logits(self, params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
+        """Final norm and LM head: `x [N, E]` to `float32[N, V]`."""
+        norm: Any = nnx.merge(_norm_graph(self, config), params["final_norm"])
+        if config.tie_word_embeddings:
+            head, head_axes = params["embed"], "ve"
+        else:
+            head, head_axes = params["lm_head"], "ev"
+        return jnp.einsum(
+            f"ne,{head_axes}->nv",
+            norm(x),
+            head,
+            precision=matmul_precision(head.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def make_layer(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
+        """One layer with initial values."""
+        make: Callable[..., nnx.Module] = self.layer
+        return make(config, dtype=dtype, rngs=rngs)
+
+    def make_norm(self, config: ModelConfig, dtype: DTypeLike) -> nnx.Module:
+        """The norm before the head, with initial values."""
+        return self.norm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+
+
+@lru_cache(maxsize=32)
+def _layer_graph(decoder: Decoder, config: ModelConfig) -> nnx.GraphDef[nnx.Module]:
+    """The layer's structure without arrays; the dtype lives in the arrays alone."""
+    layer = nnx.eval_shape(lambda: decoder.make_layer(config, jnp.float32, nnx.Rngs(0)))
+    return nnx.split(layer)[0]
+
+
+@lru_cache(maxsize=32)
+def _norm_graph(decoder: Decoder, config: ModelConfig) -> nnx.GraphDef[nnx.Module]:
+    return nnx.split(nnx.eval_shape(lambda: decoder.make_norm(config, jnp.float32)))[0]
+
+
+# Compiled as one program: the many small random draws would otherwise compile one by one.
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def _init_params(decoder: Decoder, config: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Params:
+    embed_key, head_key, layers_key = jax.random.split(key, 3)
+
+    def normal(normal_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return (INIT_STDDEV * jax.random.normal(normal_key, shape, jnp.float32)).astype(dtype)
+
+    def init_layer(layer_key: jax.Array) -> Params:
+        layer = decoder.make_layer(config, dtype, nnx.Rngs(layer_key))
+        return nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+
+    params: Params = {
+        "embed": normal(embed_key, (config.vocab_size, config.hidden_size)),
+        "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers)),
+        "final_norm": nnx.to_pure_dict(nnx.state(decoder.make_norm(config, dtype), nnx.Param)),
+    }
+    if not config.tie_word_embeddings:
+        params["lm_head"] = normal(head_key, (config.hidden_size, config.vocab_size))
+    if decoder.learns_positions:
+        shape = (config.max_position_embeddings, config.hidden_size)
+        params["position_embed"] = normal(jax.random.fold_in(embed_key, 1), shape)
+    return params

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from checkpoint.name_table import IDENTITY, NameTable
 from models.config import ModelConfig
 from models.gpt2 import GPT2_DECODER
@@ -26,6 +28,15 @@ HF = FileNames(
     # Masks that older versions of transformers stored.
     ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
 )
+HF_BASE = replace(
+    HF,
+    embed="wte.weight",
+    embeddings={"position_embed": "wpe.weight"},
+    other_names={"final_norm": "ln_f"},
+    layer_prefix="h.{layer}.",
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+)
+"""As the first published files are: a model without its head, and so without its prefix."""
 GGUF = FileNames(
     embed="token_embd.weight",
     embeddings={"position_embed": "position_embd.weight"},
@@ -46,6 +57,11 @@ GGUF = FileNames(
 def hf_name_table(config: ModelConfig) -> NameTable:
     """Names of a Hugging Face `GPT2LMHeadModel`."""
     return make_name_table(GPT2_DECODER, config, HF)
+
+
+def hf_base_name_table(config: ModelConfig) -> NameTable:
+    """Names of a Hugging Face `GPT2Model`."""
+    return make_name_table(GPT2_DECODER, config, HF_BASE)
 
 
 def gguf_name_table(config: ModelConfig) -> NameTable:

@@ -143,11 +143,22 @@ def _open_folder(path: Path) -> ModelSource:
         raise FormatError(
             f"{path} holds no config.json and no model.json, so it is not a model's folder"
         )
+    config = config_from_hf(fields, read_json(path / "generation_config.json"))
+    tensors = SafetensorsFolder(path)
     return ModelSource(
         name=path.resolve().name,
         path=path,
-        config=config_from_hf(fields, read_json(path / "generation_config.json")),
-        tensors=SafetensorsFolder(path),
-        convention="hf",
+        config=config,
+        tensors=tensors,
+        convention=_hf_convention(config, tensors),
         read_tokenizer=lambda: Tokenizer.from_folder(path),
     )
+
+
+def _hf_convention(config: ModelConfig, tensors: TensorSource) -> str:
+    """Which table fits: "hf_base" for a family that has it, if no name is one of "hf"."""
+    tables = get_family(config.family).name_tables
+    if "hf_base" not in tables:
+        return "hf"
+    names = {name for rule in tables["hf"](config).rules for name, _ in rule.parts((1,))}
+    return "hf" if names & set(tensors.names()) else "hf_base"

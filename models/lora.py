@@ -21,7 +21,14 @@ Adapters: TypeAlias = dict[str, Any]
 """Nested like the parameters, with `{"a": [L, in, r], "b": [L, r, out]}` where those have a
 projection's `{"kernel": [L, in, out]}`."""
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
+"""Of all families; a family has some of them. Experts' matrices get no adapters."""
+
+NUM_KERNEL_AXES = 3
+"""Of a stacked projection: layers, in, out."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["adapters"], meta_fields=["scale"])
@@ -112,5 +119,7 @@ def _target_kernels(params: Any, config: LoraConfig) -> dict[str, Any]:
     return {
         path.removesuffix(".kernel"): leaf
         for path, leaf in sorted(flatten(params).items())
-        if path.endswith(".kernel") and path.split(".")[-2] in config.targets
+        if path.endswith(".kernel")
+        and path.split(".")[-2] in config.targets
+        and len(leaf.shape) == NUM_KERNEL_AXES
     }

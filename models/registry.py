@@ -59,7 +59,8 @@ class ModelFamily:
     logits_params: Callable[[ModelConfig], tuple[str, ...]]
     """The top-level entries of the parameters that `logits` reads."""
     name_tables: Mapping[str, Callable[[ModelConfig], NameTable]]
-    """File convention ("hf" or "gguf") to the table for a config."""
+    """File convention to the table for a config: "hf", "gguf", and "hf_base" where Hugging Face
+    folders of the model without its head are common."""
 
 
 def _family(
@@ -67,6 +68,7 @@ def _family(
     decoder: Decoder,
     hf: Callable[[ModelConfig], NameTable],
     gguf: Callable[[ModelConfig], NameTable],
+    **others: Callable[[ModelConfig], NameTable],
 ) -> ModelFamily:
     return ModelFamily(
         name=name,
@@ -76,7 +78,7 @@ def _family(
         run_layers=decoder.run_layers,
         logits=decoder.logits,
         logits_params=decoder.logits_params,
-        name_tables={"hf": hf, "gguf": gguf},
+        name_tables={"hf": hf, "gguf": gguf, **others},
     )
 
 
@@ -100,7 +102,13 @@ FAMILIES: Mapping[str, ModelFamily] = {
         ),
         _family("gemma3", GEMMA3_DECODER, gemma3_names.hf_name_table, gemma3_names.gguf_name_table),
         _family("phi3", PHI3_DECODER, phi3_names.hf_name_table, phi3_names.gguf_name_table),
-        _family("gpt2", GPT2_DECODER, gpt2_names.hf_name_table, gpt2_names.gguf_name_table),
+        _family(
+            "gpt2",
+            GPT2_DECODER,
+            gpt2_names.hf_name_table,
+            gpt2_names.gguf_name_table,
+            hf_base=gpt2_names.hf_base_name_table,
+        ),
         _family("falcon", FALCON_DECODER, falcon_names.hf_name_table, falcon_names.gguf_name_table),
         _family(
             "mixtral",

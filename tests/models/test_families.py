@@ -9,8 +9,10 @@ import pytest
 
 from checkpoint.param_loading import export_tensors, flatten, load_params
 from models.config import ModelConfig
+from models.lora import Lora, LoraConfig, init_adapters
 from models.ops.attention.dense import dense_attend
 from models.registry import FAMILIES
+from models.training_hooks import TrainingHooks
 from tests.checkpoint.memory_source import MemorySource
 
 
@@ -125,6 +127,30 @@ def test_bfloat16_stays_bfloat16_until_the_logits(name: str) -> None:
 
     logits = jax.eval_shape(forward, family.abstract_params(config, jnp.bfloat16))
     assert (logits.shape, logits.dtype) == ((6, config.vocab_size), jnp.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_go_beside_the_projections_of_every_family(name: str) -> None:
+    config = CONFIGS[name]
+    family = FAMILIES[config.family]
+    abstract = family.abstract_params(config, jnp.float32)
+    adapters = jax.eval_shape(
+        lambda key: init_adapters(abstract, LoraConfig(rank=2, alpha=4.0), key), jax.random.key(0)
+    )
+    projections = {path.rpartition(".")[0] for path in flatten(adapters)}
+    kernels = {
+        path.removesuffix(".kernel")
+        for path, leaf in flatten(abstract).items()
+        if path.endswith(".kernel") and "router" not in path and leaf.ndim == 3
+    }
+    assert projections == kernels != set()
+
+    def run(params: dict, adapters: dict, x: jax.Array) -> jax.Array:
+        hooks = TrainingHooks(lora=Lora(adapters, 2.0))
+        attend = dense_attend(config)
+        return family.run_layers(params, config, x, jnp.arange(5), (), attend, hooks)[0]
+
+    assert jax.eval_shape(run, abstract, adapters, jnp.ones((5, 24))).shape == (5, 24)
 
 
 @pytest.mark.parametrize(

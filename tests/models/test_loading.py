@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from checkpoint.errors import FormatError
 from checkpoint.param_loading import export_tensors, flatten
@@ -145,3 +147,18 @@ def test_rope_factors_that_make_no_sense_are_refused(factors: np.ndarray, tmp_pa
     write_gguf(folder, tmp_path / "tiny.gguf", rope_factors=factors.astype(np.float32))
     with pytest.raises(FormatError, match=r"rope_freqs\.weight must hold"):
         open_model(tmp_path / "tiny.gguf")
+
+
+def test_gpt2_without_its_head_has_names_of_its_own(tmp_path: Path) -> None:
+    whole = open_model(TINY / "gpt2")
+    bare = {
+        name.removeprefix("transformer."): whole.tensors.read(name).astype(np.float32)
+        for name in whole.tensors.names()
+    }
+    bare["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)  # a mask, as old files have it
+    save_file(bare, tmp_path / "model.safetensors")
+    shutil.copy(TINY / "gpt2" / "config.json", tmp_path)
+    source = open_model(tmp_path)
+    assert (whole.convention, source.convention) == ("hf", "hf_base")
+    expected, loaded = whole.load_params(jnp.float32), source.load_params(jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)

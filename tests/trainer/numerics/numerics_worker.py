@@ -16,12 +16,13 @@ from unittest.mock import patch
 import jax
 import numpy as np
 import pytest
-from numerics_rig import CONFIG, MODEL, WORLD, Trace, make_runner, run
+from numerics_rig import CONFIG, MODEL, SEQ_LEN, WORLD, Trace, make_runner, run
 
 from jaxserve.trainer import exact_gradient
 from jaxserve.trainer.errors import DeviceFault
 from jaxserve.trainer.shard_gradient import init_trainable, shard_gradient
 from jaxserve.trainer.step_config import OPTIMIZER_OPTIONS, IncidentConfig, OptimizerConfig
+from jaxserve.trainer.world import LogicalWorld
 from models.lora import LoraConfig
 from schedules import ScheduleConfig, TunerConfig
 
@@ -181,6 +182,24 @@ def corrupted() -> Arrangements:
     return traces
 
 
+def clean() -> Arrangements:
+    """Two thousand steps in which no replay may find anything."""
+    world = LogicalWorld(
+        global_batch_size=2, num_logical_shards=2, micro_batch_size=1, seq_len=SEQ_LEN
+    )
+    config = dataclasses.replace(CONFIG, dropout=0.0)
+    rate = ScheduleConfig(kind="constant", peak_value=1e-4)
+    changes = {"world": world, "rate": rate}
+    checked = dataclasses.replace(config, replay_every=1)
+    traces = {
+        "1 replicated": run(make_runner(**arrangement(1, config=config, **changes)), 2000),
+        "2 checked": run(make_runner(**arrangement(2, config=checked, **changes)), 2000),
+    }
+    found = {record.corrupted_device for record in traces["2 checked"].records}
+    assert found == {None}, found
+    return traces
+
+
 def flipped(vector: jax.Array) -> jax.Array:
     host = np.array(vector)
     host.reshape(-1).view(np.uint32)[7] ^= 1 << 12
@@ -215,7 +234,7 @@ SCENARIOS: dict[str, Callable[[], Arrangements]] = {
     one.__name__: one
     for one in (
         *(devices, shardings, weights, variants, lora, resized, tuned),
-        *(knee, spike, ordered, corrupted),
+        *(knee, spike, ordered, corrupted, clean),
     )
 } | {f"optimizer-{name}": (lambda name=name: optimizer(name)) for name in OPTIMIZER_OPTIONS}
 

@@ -33,7 +33,7 @@ def results_of(names: list[str], folder: Path, cache: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[2]), str(HERE)]),
     }
     program = [sys.executable, str(HERE / "numerics_worker.py"), str(out), str(cache), *names]
-    subprocess.run(program, env=environment, check=True, timeout=850)
+    subprocess.run(program, env=environment, check=True, timeout=1400)
     results: dict[str, Any] = json.loads(out.read_text())
     return results
 

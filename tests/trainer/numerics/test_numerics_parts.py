@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import ConfigError
@@ -31,6 +31,7 @@ WORLD = LogicalWorld(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     shards=st.sampled_from([1, 2, 8, 64]),
     num_devices=st.integers(1, 64),
@@ -107,6 +108,7 @@ def test_ordered_mode_wants_equal_shares() -> None:
         ordered.ranges_of(3)
 
 
+@settings(deadline=None)
 @given(first=st.integers(0, 63), size=st.integers(1, 64))
 def test_subtrees_are_the_fewest_that_cover(first: int, size: int) -> None:
     end = min(first + size, 64)
@@ -122,6 +124,7 @@ def test_subtrees_are_the_fewest_that_cover(first: int, size: int) -> None:
     assert tuple(node for node, _ in total.parts) == nodes
 
 
+@settings(deadline=None)
 @given(borders=st.lists(st.integers(1, 31), max_size=8), seed=st.integers(0, 2**32 - 1))
 def test_sum_does_not_depend_on_who_holds_the_leaves(borders: list[int], seed: int) -> None:
     values = np.random.default_rng(seed).standard_normal(32).astype(np.float32)

@@ -159,6 +159,33 @@ def test_evaluation_is_the_mean_over_all_targets() -> None:
     runner.close()
 
 
+def test_nothing_compiles_after_the_first_step() -> None:
+    compiled: list[str] = []
+
+    def listen(event: str, duration_s: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    # Sizes of their own, so that other tests have not compiled the step already.
+    world = dataclasses.replace(WORLD, global_batch_size=8, num_logical_shards=4)
+    runner = make_runner(1, world=world)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        buffer = np.zeros(runner.layout.size_bytes, np.uint8)
+        runner.load_state(None)
+        runner.run_step(0)
+        runner.store_state(buffer)
+        assert compiled, "the listener hears nothing"
+        compiled.clear()
+        for step in range(1, 4):
+            runner.run_step(step)
+            runner.store_state(buffer)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        runner.close()
+    assert not compiled
+
+
 def poisoned_params() -> dict[str, Any]:
     """Token 256, which ordinary examples do not hold, has no finite embedding."""
     params = init_trainable(MODEL, None, WORLD.rng_seed)

@@ -28,6 +28,7 @@ SUMMARIES = {
     "generate": "Complete a prompt, or a file of prompts, without a server.",
     "bench": "Measure throughput and latency on this machine.",
     "data": "Prepare training data, and look into it.",
+    "train": "Train a model: stopped, killed, moved or resized, it goes on with the same bits.",
     "simulate": "Try schedulers on published models and workloads, in virtual time.",
     "pull": "Download a model of the catalogue.",
     "models": "List and remove downloaded models.",

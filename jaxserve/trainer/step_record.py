@@ -75,9 +75,13 @@ class Runner(Protocol):
     collectives.
     """
 
-    layout: StateLayout
     num_devices: int
     ranges: tuple[Range, ...]
+
+    @property
+    def layout(self) -> StateLayout:
+        """Segments of a state's buffer."""
+        ...
 
     def load_state(self, buffer: Buffer | None) -> int:
         """Takes over a state and returns the next step; None: a fresh one at step 0."""

@@ -1,0 +1,106 @@
+"""From a trainer's spec to what computes: the place where config, data, models and devices meet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxserve import model_store
+from jaxserve.trainer.config import TrainConfig
+from jaxserve.trainer.config_file import build
+from jaxserve.trainer.data.dataset import TokenDataset
+from jaxserve.trainer.errors import TrainConfigError
+from jaxserve.trainer.fingerprint import NumericsFingerprint, take_fingerprint
+from jaxserve.trainer.launch import Place, set_up_jax, xla_flags
+from jaxserve.trainer.read_log import LoggedDataset
+from jaxserve.trainer.step_record import Runner
+from jaxserve.trainer.step_runner import StepRunner
+from jaxserve.trainer.world import LogicalWorld
+from models.config import ModelConfig
+from models.loading import open_model
+from models.lora import LoraConfig
+
+_DIGEST_BLOCK_BYTES = 1 << 20
+
+
+def make_runner(spec: Mapping[str, Any]) -> tuple[Runner, NumericsFingerprint]:
+    """What a trainer drives, and what its bits depend on.
+
+    Args:
+        spec: `place`, `generation`, `config`, `world`, `quarantined_ids`, `log_dir`.
+
+    Raises:
+        ConfigError, DataError, FormatError: config, data or model do not fit together.
+    """
+    place = Place(**spec["place"])
+    config = build(TrainConfig, spec["config"], "the run's config")
+    set_up_jax(place)
+    devices = _devices(place)
+    dataset: Any = TokenDataset(config.data.path)
+    if config.data.log_reads:
+        dataset = LoggedDataset(dataset, Path(spec["log_dir"]), spec["generation"], place.rank)
+    model, initial, digests = _model_of(config)
+    lora, evaluation = config.lora, config.evaluation
+    runner = StepRunner(
+        world=LogicalWorld.from_json(spec["world"]),
+        config=config.step_config(),
+        rate=config.parsed_schedule,
+        model=model,
+        dataset=dataset,
+        eval_dataset=None if evaluation is None else TokenDataset(config.data.path, "eval"),
+        max_eval_examples=None if evaluation is None else evaluation.max_examples,
+        devices=devices,
+        quarantined=spec["quarantined_ids"],
+        initial_params=None if lora is not None else initial,
+        lora=None if lora is None else LoraConfig(lora.rank, lora.alpha, lora.targets),
+        base_params=None if lora is None or initial is None else initial(),
+    )
+    return runner, take_fingerprint(devices[0], xla_flags(), digests)
+
+
+def _devices(place: Place) -> list[jax.Device]:
+    """The generation's devices, in an order that all processes agree on."""
+    wanted, found = place.devices_per_process, jax.local_device_count()
+    if found < wanted:
+        raise TrainConfigError(
+            f"placement.devices_per_process is {wanted}, but this machine has {found} devices "
+            f"({jax.devices()[0].device_kind}); use at most these"
+        )
+    devices: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        devices.setdefault(device.process_index, []).append(device)
+    return [device for process in sorted(devices) for device in devices[process][:wanted]]
+
+
+def _model_of(
+    config: TrainConfig,
+) -> tuple[ModelConfig, Callable[[], Any] | None, dict[str, str]]:
+    """The model's config, what loads its weights (None: it starts from random ones), and
+    the digests of what is read on every start."""
+    if config.model.shape is not None:
+        return config.model.shape, None, {}
+    assert config.model.source is not None
+    path = model_store.resolve(config.model.source)
+    opened = open_model(path)
+
+    def load() -> Any:
+        return opened.load_params("float32")
+
+    return opened.config, load, {"base_model": _digest(path)} if config.lora is not None else {}
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a model's files, by name."""
+    hashed = hashlib.sha256()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            hashed.update(f"{file.name}\n{file.stat().st_size}\n".encode())
+            with file.open("rb") as data:
+                while block := data.read(_DIGEST_BLOCK_BYTES):
+                    hashed.update(block)
+    return hashed.hexdigest()

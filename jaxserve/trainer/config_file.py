@@ -104,7 +104,7 @@ def _build(kind: type[Config], table: Any, source: str, prefix: str) -> Config:
     hints = typing.get_type_hints(kind)
     for name in table:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
+            near = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(fields)}"
             raise TrainConfigError(f"{source}: unknown field {prefix}{name}; {hint}")
     values = {}

@@ -11,6 +11,7 @@ of its input, so it never outlives whoever started it.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 from dataclasses import asdict
@@ -92,4 +93,8 @@ def serve(inputs: IO[bytes], outputs: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    try:
+        serve(sys.stdin.buffer, sys.stdout.buffer)
+    except BrokenPipeError:
+        # Whoever asked has gone. Python would flush once more at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

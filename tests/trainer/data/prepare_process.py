@@ -2,12 +2,11 @@
 
     python -m tests.trainer.data.prepare_process SOURCE OUT NUM_WORKERS
 
-Every block is committed. At the end it prints the peaks of its own and its workers' memory.
+Every block is committed.
 """
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
@@ -34,12 +33,10 @@ def main() -> None:
         sources=(Path(source),),
         out=Path(out),
         seq_len=128,
-        eval_fraction=0.1,
+        eval_fraction=0.1 if source.endswith(".jsonl") else 0.0,
         num_workers=int(num_workers),
     )
     prepare(config, word_tokenizer(), commit_every_s=0.0)
-    peaks = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(*(peak.ru_maxrss for peak in peaks))
 
 
 if __name__ == "__main__":

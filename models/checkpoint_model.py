@@ -103,12 +103,17 @@ def write_model_folder(folder: Path, config: ModelConfig, tokenizer: Tokenizer |
 
 def write_model_json(folder: Path, config: ModelConfig) -> None:
     """Write `model.json`, whole or not at all, over the one that may be there."""
-    text = json.dumps({"format": FORMAT, "config": config_to_json(config)}, indent=2) + "\n"
     staged = folder / f".{MODEL_FILE}-{secrets.token_hex(4)}"
-    staged.write_text(text, encoding="utf-8")
+    staged.write_bytes(model_json(config))
     fsync_path(staged)
     staged.replace(folder / MODEL_FILE)
     fsync_path(folder)
+
+
+def model_json(config: ModelConfig) -> bytes:
+    """The content of `model.json`."""
+    fields = {"format": FORMAT, "config": config_to_json(config)}
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def read_model_config(folder: Path) -> ModelConfig:

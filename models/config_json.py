@@ -11,6 +11,20 @@ from typing import Any, TypeVar
 
 from checkpoint.errors import FormatError
 from models.config import ModelConfig, RopeScaling
+from models.registry import FAMILIES
+
+MAX_SIZE = 2**31 - 1
+SIZES = {
+    "vocab_size": MAX_SIZE,
+    "hidden_size": MAX_SIZE,
+    "intermediate_size": MAX_SIZE,
+    "num_layers": 4096,
+    "num_heads": 1 << 16,
+    "num_kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": MAX_SIZE,
+}
+"""The most that each may be."""
 
 T = TypeVar("T", ModelConfig, RopeScaling)
 
@@ -31,7 +45,27 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(scaling, Mapping):
             raise FormatError("model.json: config.rope_scaling must be an object or null")
         scaling = _build(RopeScaling, scaling, "config.rope_scaling")
-    return _build(ModelConfig, {**values, "rope_scaling": scaling}, "config")
+    config = _build(ModelConfig, {**values, "rope_scaling": scaling}, "config")
+    _check(config)
+    return config
+
+
+def _check(config: ModelConfig) -> None:
+    """What a damaged file may claim, and no model is."""
+    for name in SIZES:
+        if not 1 <= getattr(config, name) <= SIZES[name]:
+            raise FormatError(
+                f"model.json: config.{name} is {getattr(config, name)}, not from 1 to {SIZES[name]}"
+            )
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+        raise FormatError(
+            f"model.json: config has {config.num_heads} heads, {config.num_kv_heads} KV heads and "
+            f"a head of {config.head_dim}: heads must be a multiple of KV heads, heads even"
+        )
+    if config.family not in FAMILIES:
+        raise FormatError(
+            f"model.json: config.family {config.family!r} is not one of {sorted(FAMILIES)}"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -58,7 +92,7 @@ def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return kind(**arguments)
     except ValueError as error:
-        raise FormatError(f"model.json: {where}: {error}") from None
+        raise FormatError(f"model.json: {where}: {error}") from error
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

@@ -155,7 +155,7 @@ class SafetensorsFolder:
         if (path / INDEX_FILE).is_file():
             self._files = self._open_shards(_read_index(path / INDEX_FILE))
         elif (path / SINGLE_FILE).is_file():
-            file = SafetensorsFile(_inside(path, SINGLE_FILE))
+            file = SafetensorsFile(inside_folder(path, SINGLE_FILE))
             self._files = dict.fromkeys(file.names(), file)
         else:
             raise FormatError(_nothing_to_read(path))
@@ -184,7 +184,7 @@ class SafetensorsFolder:
 
     def _open_shards(self, weight_map: Mapping[str, str]) -> dict[str, SafetensorsFile]:
         shards = {
-            shard: SafetensorsFile(_inside(self.path, shard))
+            shard: SafetensorsFile(inside_folder(self.path, shard))
             for shard in sorted(set(weight_map.values()))
         }
         held = {(name, shard) for shard, file in shards.items() for name in file.names()}
@@ -250,8 +250,12 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`, which may not lead out of it, by a link either."""
+def inside_folder(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`, which may not lead out of it, by a link either.
+
+    Raises:
+        FormatError: it is not a plain name, not a file, or a link that leads out.
+    """
     is_plain = name not in ("", ".", "..") and not set(name) & set("/\\\0:")
     if not is_plain or PurePosixPath(name).name != name:
         raise FormatError(f"shard name {name!r} must be a plain file name inside the folder")

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from checkpoint.store.durable import sha256_hex
 from checkpoint.store.errors import CorruptStep, Problem, StoreUnreadable
 from checkpoint.store.layout import ARRAYS
 from checkpoint.store.manifest import ArrayRecord, Manifest
@@ -52,6 +53,11 @@ class OpenStep:
     def arrays(self) -> Mapping[str, ArrayRecord]:
         """Shape, dtype and digest of every array, by name."""
         return self._manifest.arrays
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the step's manifest: names every value in it."""
+        return sha256_hex(self._manifest.encode())
 
     @property
     def metadata(self) -> Mapping[str, Any]:

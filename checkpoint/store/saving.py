@@ -188,16 +188,10 @@ class SaveTask:
                 write.close()
         else:
             records = self._records()
-        fsync_tree(staged, self.deadline)
-        if self.read_back:
-            self._read_back(staged, records)
-        manifest = Manifest(self.step, records, self._file_records(staged), self.metadata)
-        manifest_bytes = manifest.encode()
-        write_new_file(staged / MANIFEST, manifest_bytes)
-        commit = CommitRecord(
-            self.step, self.gate.epoch, sha256_hex(manifest_bytes), round(time.time(), 3)
+        commit_staged(
+            *(staged, self.step, self.gate.epoch, records, self.metadata, self.deadline),
+            read_back=self.read_back,
         )
-        write_new_file(staged / COMMIT, commit.encode())
 
     def _records(self) -> dict[str, ArrayRecord]:
         records = {}
@@ -207,23 +201,52 @@ class SaveTask:
             self.deadline.check(f"computing the digest of {name}")
         return records
 
-    def _read_back(self, staged: Path, records: Mapping[str, ArrayRecord]) -> None:
-        reader = ArrayReader(staged / ARRAYS)
-        for name, record in records.items():
-            try:
-                read_array(reader, name, record)
-            except ValueError as error:
-                raise SaveFailed(
-                    f"step {self.step} was not saved: array {name} read back: {error}. "
-                    "Earlier steps are whole"
-                ) from error
-            self.deadline.check(f"reading back {name}")
 
-    def _file_records(self, staged: Path) -> dict[str, FileRecord]:
-        records = {}
-        for path, _ in walk_files(staged):
-            file = staged / path
-            self.deadline.check(f"computing the digest of {path}")
-            sha256 = sha256_of_file(file, lambda: self.deadline.check("computing digests"))
-            records[path] = FileRecord(file.stat().st_size, sha256)
-        return records
+def commit_staged(
+    staged: Path,
+    step: int,
+    epoch: int,
+    records: Mapping[str, ArrayRecord],
+    metadata: Mapping[str, Any],
+    deadline: Deadline,
+    *,
+    read_back: bool = True,
+) -> None:
+    """Turns a folder with array files into a checkpoint, not yet published.
+
+    Raises:
+        SaveFailed: an array is not what its record says.
+        OSError: the system refuses.
+    """
+    fsync_tree(staged, deadline)
+    if read_back:
+        _read_back(staged, step, records, deadline)
+    manifest_bytes = Manifest(step, records, _file_records(staged, deadline), metadata).encode()
+    write_new_file(staged / MANIFEST, manifest_bytes)
+    commit = CommitRecord(step, epoch, sha256_hex(manifest_bytes), round(time.time(), 3))
+    write_new_file(staged / COMMIT, commit.encode())
+
+
+def _read_back(
+    staged: Path, step: int, records: Mapping[str, ArrayRecord], deadline: Deadline
+) -> None:
+    reader = ArrayReader(staged / ARRAYS)
+    for name, record in records.items():
+        try:
+            read_array(reader, name, record)
+        except ValueError as error:
+            raise SaveFailed(
+                f"step {step} was not saved: array {name} read back: {error}. "
+                "Earlier steps are whole"
+            ) from error
+        deadline.check(f"reading back {name}")
+
+
+def _file_records(staged: Path, deadline: Deadline) -> dict[str, FileRecord]:
+    records = {}
+    for path, _ in walk_files(staged):
+        file = staged / path
+        deadline.check(f"computing the digest of {path}")
+        sha256 = sha256_of_file(file, lambda: deadline.check("computing digests"))
+        records[path] = FileRecord(file.stat().st_size, sha256)
+    return records

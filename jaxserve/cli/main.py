@@ -30,6 +30,7 @@ SUMMARIES = {
     "data": "Prepare training data, and look into it.",
     "train": "Train a model: stopped, killed, moved or resized, it goes on with the same bits.",
     "simulate": "Try schedulers on published models and workloads, in virtual time.",
+    "checkpoint": "Convert, verify and compare models on disk.",
     "pull": "Download a model of the catalogue.",
     "models": "List and remove downloaded models.",
     "doctor": "Tell what this machine can do and what is missing.",

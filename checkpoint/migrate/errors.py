@@ -1,0 +1,27 @@
+"""Errors of a migration."""
+
+from __future__ import annotations
+
+
+class MigrationError(ValueError):
+    """A migration that was refused or given up. The message says what to do about it."""
+
+
+class TargetExists(MigrationError):
+    """Something is at the target already."""
+
+
+class MigrationRunning(MigrationError):
+    """Another process migrates to the same target."""
+
+
+class SourceChanged(MigrationError):
+    """The source is not what it was when the unfinished migration began."""
+
+
+class WriteFailed(MigrationError):
+    """The system refused to read or write; what was done so far is kept and resumed."""
+
+
+class VerificationFailed(MigrationError):
+    """What was written, read back, is not what was meant. Nothing was published."""

@@ -1,0 +1,1 @@
+"""Models from any format to any other: what `jaxserve checkpoint` does."""

@@ -1,0 +1,289 @@
+"""SourceModel: a model in any format, opened for migration; no weights are read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from checkpoint.errors import FormatError
+from checkpoint.formats.gguf import GgufFile
+from checkpoint.formats.safetensors import INDEX_FILE, SafetensorsFolder, inside_folder
+from checkpoint.migrate.manifest import file_problems, load_manifest
+from checkpoint.migrate.parts import FileParts, PartSource, StepParts
+from checkpoint.name_table import EXPERT, LAYER, NameTable, TensorRule, Transform
+from checkpoint.param_loading import flatten
+from checkpoint.store_source import StoreSource
+from jaxserve.errors import JaxserveError
+from jaxserve.migration.carried import Carried, read_carried
+from models.checkpoint_model import TOKENIZER
+from models.config import ModelConfig
+from models.loading import ModelSource, open_model
+from models.model_path import split_step
+from models.tokenizer import Tokenizer
+from models.tokenizer_files import TOKENIZER_FILES
+
+LAYERS = "layers."
+MAX_LAYERS = 4096
+"""More is a lie of the file's."""
+EXTRA = "extra/"
+FORMATS = {
+    "hf": "safetensors",
+    "hf_base": "safetensors",
+    "gguf": "gguf",
+    "own": "orbax",
+    "own_unscanned": "orbax",
+}
+
+
+class DamagedSource(JaxserveError):
+    """A source whose files are not those that its manifest describes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One leaf of the parameters, or one layer of it, in the source."""
+
+    array: str
+    """Name for the PartSource."""
+    index: int | None
+    """On the array's first axis, when that is the layers."""
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """See the module."""
+
+    model: ModelSource
+    parts: PartSource
+    leaf_shapes: Mapping[str, tuple[int, ...]]
+    """Shape of every leaf, by its dotted path."""
+    pieces: Mapping[tuple[str, int | None], Piece]
+    """By path and layer; the layer is None for what no layer has."""
+    extras: Mapping[str, str]
+    """Tensors that belong to no leaf, e.g. buffers: file's name to array's name."""
+    others: tuple[str, ...]
+    """Arrays of a stored step beside parameters and extras, e.g. the optimizer's."""
+    carried: Carried
+    identity: Mapping[str, Any]
+    """Sizes and times of the files; JSON values."""
+    record: Mapping[str, Any]
+    """What a manifest says of this source."""
+
+    @property
+    def format(self) -> str:
+        """ "safetensors", "gguf" or "orbax"."""
+        return FORMATS[self.model.convention]
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.model.config
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        """None if the source has none."""
+        folder = self.model.path / TOKENIZER if self.format == "orbax" else self.model.path
+        if self.format != "gguf" and not (folder / "tokenizer.json").is_file():
+            return None
+        gguf = self.model.tensors
+        if isinstance(gguf, GgufFile) and "tokenizer.ggml.tokens" not in gguf.metadata:
+            return None
+        return self.model.load_tokenizer()
+
+    def close(self) -> None:
+        """Lets go of files."""
+        self.parts.close()
+
+
+class ConstantParts:
+    """A PartSource with arrays of its own before those of another."""
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[Any]], rest: PartSource) -> None:
+        self._arrays = arrays
+        self._rest = rest
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See PartSource."""
+        return self._arrays[name].shape if name in self._arrays else self._rest.shape(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """See PartSource."""
+        return self._arrays[name].dtype if name in self._arrays else self._rest.dtype(name)
+
+    def stored_dtype(self, name: str) -> str:
+        """See PartSource."""
+        if name in self._arrays:
+            return self._arrays[name].dtype.name
+        return self._rest.stored_dtype(name)
+
+    def extra_bytes(self, name: str) -> int:
+        """See PartSource."""
+        return 0 if name in self._arrays else self._rest.extra_bytes(name)
+
+    def read_part(self, name: str, index: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """See PartSource."""
+        if name in self._arrays:
+            return self._arrays[name][index]
+        return self._rest.read_part(name, index)
+
+    def close(self) -> None:
+        """See PartSource."""
+        self._rest.close()
+
+
+def open_source(path: Path, *, check_manifest: bool = True) -> SourceModel:
+    """Open a model for migration.
+
+    Args:
+        path: as for `models.loading.open_model`.
+        check_manifest: compare all files with the manifest, if the source has one.
+
+    Raises:
+        FormatError, StoreError, FileNotFoundError: as `open_model`.
+        DamagedSource: a file is not what the manifest says.
+    """
+    folder, _ = split_step(path)
+    manifest = load_manifest(folder)
+    if manifest is not None and check_manifest:
+        problems = file_problems(folder, manifest)
+        if problems:
+            raise DamagedSource(
+                f"{folder} is damaged:\n  " + "\n  ".join(problems) + "\nFetch or make it anew"
+            )
+    model = open_model(path)
+    if model.config.num_layers > MAX_LAYERS:
+        raise FormatError(f"{path} claims {model.config.num_layers} layers; at most {MAX_LAYERS}")
+    shapes = {
+        path: tuple(leaf.shape)
+        for path, leaf in flatten(model.family.abstract_params(model.config, "float32")).items()
+    }
+    parts, array_name, others = _parts(model)
+    pieces = dict(_pieces(model.name_table, model.config.num_layers, array_name))
+    return SourceModel(
+        model=model,
+        parts=parts,
+        leaf_shapes=shapes,
+        pieces=pieces,
+        extras=_extras(model, pieces, array_name),
+        others=tuple(name for name in others if not name.startswith(EXTRA)),
+        carried=_carried(model),
+        identity=_identity(model),
+        record={
+            "path": str(model.path.absolute()),
+            "format": FORMATS[model.convention],
+            "manifest_sha256": None if manifest is None else manifest.sha256,
+        },
+    )
+
+
+def _parts(model: ModelSource) -> tuple[PartSource, Callable[[str], str], tuple[str, ...]]:
+    """The arrays, how a tensor's name becomes an array's, and what else a step holds."""
+    tensors = model.tensors
+    if isinstance(tensors, StoreSource):
+        step = tensors.step
+        mine = {tensors.array_name(name) for name in tensors.names()}
+        others = tuple(name for name in step.arrays if name not in mine)
+        return StepParts(step), tensors.array_name, others
+    assert isinstance(tensors, GgufFile | SafetensorsFolder)
+    return FileParts(tensors.location), lambda name: name, ()
+
+
+def _pieces(
+    table: NameTable,
+    num_layers: int,
+    array_name: Callable[[str], str],
+) -> Iterator[tuple[tuple[str, int | None], Piece]]:
+    def named(name: str) -> str:
+        try:
+            return array_name(name)
+        except KeyError:
+            return name  # Missing: the check of the plan says so.
+
+    for rule in table.rules:
+        if not rule.path.startswith(LAYERS):
+            yield (rule.path, None), Piece(named(rule.name), None, rule.transform)
+            continue
+        for layer in range(num_layers):
+            if rule.is_stacked:
+                piece = Piece(named(name_in_layer(rule, layer)), None, rule.transform)
+            else:
+                piece = Piece(named(rule.name), layer, rule.transform)
+            yield (rule.path, layer), piece
+
+
+def name_in_layer(rule: TensorRule, layer: int) -> str:
+    """The file's name of a rule's tensor in one layer.
+
+    Raises:
+        FormatError: experts have tensors of their own, which are not migrated yet.
+    """
+    if EXPERT in rule.name:
+        raise FormatError(
+            f"{rule.name}: experts with tensors of their own are not converted yet; a GGUF file "
+            "of the model, which stacks them, is"
+        )
+    return rule.name.replace(LAYER, str(layer))
+
+
+def _extras(
+    model: ModelSource,
+    pieces: Mapping[tuple[str, int | None], Piece],
+    array_name: Callable[[str], str],
+) -> dict[str, str]:
+    tensors = model.tensors
+    if isinstance(tensors, StoreSource):
+        return {extra_tensor(name): name for name in tensors.step.arrays if name.startswith(EXTRA)}
+    if isinstance(tensors, GgufFile):
+        return {}  # What no parameter needs is said by the config.
+    used = {piece.array for piece in pieces.values()}
+    copies = model.name_table.copies
+    return {
+        name: array_name(name)
+        for name in tensors.names()
+        if name not in used and name not in copies and model.name_table.is_ignored(name)
+    }
+
+
+def extra_array(tensor: str) -> str:
+    """The array of a step that keeps a tensor of a file that is no parameter."""
+    return f"{EXTRA}{tensor.replace('%', '%25').replace('/', '%2F').replace('.', '%2E')}"
+
+
+def extra_tensor(array: str) -> str:
+    """The inverse of `extra_array`."""
+    name = array.removeprefix(EXTRA)
+    return name.replace("%2E", ".").replace("%2F", "/").replace("%25", "%")
+
+
+def _carried(model: ModelSource) -> Carried:
+    tensors = model.tensors
+    if isinstance(tensors, SafetensorsFolder):
+        names = (*TOKENIZER_FILES, "config.json", INDEX_FILE)
+        files = {
+            name: inside_folder(model.path, name).read_bytes()
+            for name in names
+            if (model.path / name).exists()
+        }
+        return Carried(files, {file.path.name: file.header for file in tensors.files}, None)
+    if isinstance(tensors, GgufFile):
+        return Carried({}, {}, tensors.metadata)
+    return read_carried(model.path)
+
+
+def _identity(model: ModelSource) -> dict[str, Any]:
+    if isinstance(model.tensors, StoreSource):
+        step = model.tensors.step
+        return {"step": step.step, "folder": str(step.folder), "arrays": step.digest}
+    if isinstance(model.tensors, GgufFile):
+        paths = [model.path]
+    else:
+        paths = [path for path in sorted(model.path.iterdir()) if path.is_file()]
+    return {
+        str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino]
+        for path in paths
+    }

@@ -1,0 +1,103 @@
+"""A Hugging Face `config.json` for a ModelConfig: the inverse of `config_from_hf`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from checkpoint.errors import FormatError
+from models.config import ModelConfig, RopeScaling
+from models.hf_config import config_from_hf
+from models.ops.rope import rope_frequencies
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_KNOWN_LLAMA3 = tuple(RopeScaling("llama3", factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
+"""Llama 3.1 and 3.2: what the factors of a GGUF file usually come from."""
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The fields of `config.json`.
+
+    Args:
+        config: of the model.
+        dtype: of the weights, e.g. "float32".
+
+    Raises:
+        FormatError: a Hugging Face config cannot express it; the message names the field.
+    """
+    if config.family != "llama":
+        raise FormatError(
+            f"a config.json cannot be made anew for the family {config.family!r} yet; convert "
+            "from a Hugging Face folder, whose own config.json is kept"
+        )
+    model_type = "mistral" if config.sliding_window is not None else "llama"
+    fields: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids) or None,
+        "torch_dtype": dtype,
+    }
+    if model_type == "mistral":
+        fields["sliding_window"] = config.sliding_window
+        if config.attention_bias or config.mlp_bias:
+            raise FormatError(
+                "config: a sliding window together with biases has no Hugging Face architecture"
+            )
+    else:
+        fields["attention_bias"] = config.attention_bias
+        fields["mlp_bias"] = config.mlp_bias
+    fields["rope_scaling"] = _scaling(config)
+    _check(config, fields)
+    return fields
+
+
+def _scaling(config: ModelConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    if scaling.kind == "factors":
+        scaling = _llama3_of_factors(config)
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+
+
+def _llama3_of_factors(config: ModelConfig) -> RopeScaling:
+    wanted = rope_frequencies(config)
+    for known in _KNOWN_LLAMA3:
+        if np.allclose(rope_frequencies(replace(config, rope_scaling=known)), wanted, rtol=1e-6):
+            return known
+    raise FormatError(
+        "config: the rotary factors of this GGUF file are not those of Llama 3.1 or 3.2, and a "
+        "Hugging Face config has no field for factors; convert the model's original folder"
+    )
+
+
+def _check(config: ModelConfig, fields: dict[str, Any]) -> None:
+    """What is written must mean the same when it is read: better to fail here than there."""
+    read = config_from_hf(fields)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "factors":
+        read = replace(read, rope_scaling=config.rope_scaling)
+    if read != config:
+        raise AssertionError(f"config.json would be read back as {read}, not as {config}")

@@ -1,0 +1,280 @@
+"""Speed and memory of `jaxserve checkpoint convert` on a synthetic model of any size.
+
+Makes a Llama folder of random float32 weights, converts it in a process of its own, and prints
+time and peak memory beside two bounds: `cp -r` of the folder, and the sum of a plain read and a
+plain write of as many bytes (read to nowhere; written from memory and synced, as a conversion
+syncs its target).
+
+    .venv/bin/python tools/bench_migration.py --gigabytes 1
+    .venv/bin/python tools/bench_migration.py --gigabytes 4 --largest-gigabytes 1.5 \\
+        --memory-budget 700MB --memory-cgroup /sys/fs/cgroup/memory/convert
+
+With `--memory-cgroup`, the kernel holds the process to the budget: the folder is made in a cgroup
+hierarchy (version 1 or 2) that you may write to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoint.formats.safetensors_writer import ShardTensor, make_header
+from jaxserve.cli.engine_options import parse_byte_size
+
+HEAD_DIM = 64
+BLOCK_BYTES = 16 << 20
+LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
+CHILD = """
+import json, resource, sys, time
+from jaxserve.cli.main import main
+import jaxserve.migration.convert, jaxserve.migration.logits
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+code = 0
+try:
+    main()
+except SystemExit as error:
+    code = error.code or 0
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print("MEASURED", json.dumps({"code": code, "seconds": seconds, "peak": peak, "imports": before}))
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One conversion.
+
+    Attributes:
+        to: the target's format.
+        seconds: from the command's start to its end, without starting Python.
+        peak_bytes: most memory that the process held.
+        imports_bytes: what it held after its imports.
+        num_bytes: of the model.
+    """
+
+    to: str
+    seconds: float
+    peak_bytes: int
+    imports_bytes: int
+    num_bytes: int
+
+
+def write_synthetic(folder: Path, num_bytes: int, largest_bytes: int) -> int:
+    """A Llama folder whose embedding and head have `largest_bytes` each; returns its bytes."""
+    folder.mkdir()
+    hidden = 2048 if num_bytes >= 1 << 30 else 512
+    vocab = largest_bytes // (4 * hidden) | 1  # Odd: nothing divides evenly.
+    ffn = 2 * hidden
+    layer_bytes = 4 * (4 * hidden * hidden + 3 * hidden * ffn + 2 * hidden)
+    num_layers = max(1, (num_bytes - 2 * vocab * hidden * 4) // layer_bytes)
+    tensors = list(_tensors(vocab, hidden, ffn, num_layers))
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden // HEAD_DIM,
+        "num_key_value_heads": hidden // HEAD_DIM,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    total = sum(tensor.num_bytes for tensor in tensors)
+    block = np.random.default_rng(0).normal(0, 0.02, BLOCK_BYTES // 4).astype(np.float32).tobytes()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(make_header(tensors, {"format": "pt"}))
+        for start in range(0, total, len(block)):
+            file.write(block[: min(len(block), total - start)])
+        file.flush()
+        os.fsync(file.fileno())
+    return total
+
+
+def _tensors(vocab: int, hidden: int, ffn: int, num_layers: int) -> Iterator[ShardTensor]:
+    def tensor(name: str, *shape: int) -> ShardTensor:
+        return ShardTensor(f"{name}.weight", "float32", shape, 4 * int(np.prod(shape)))
+
+    yield tensor("model.embed_tokens", vocab, hidden)
+    for layer in range(num_layers):
+        prefix = f"model.layers.{layer}."
+        yield tensor(f"{prefix}input_layernorm", hidden)
+        for part in "qkvo":
+            yield tensor(f"{prefix}self_attn.{part}_proj", hidden, hidden)
+        yield tensor(f"{prefix}post_attention_layernorm", hidden)
+        yield tensor(f"{prefix}mlp.gate_proj", ffn, hidden)
+        yield tensor(f"{prefix}mlp.up_proj", ffn, hidden)
+        yield tensor(f"{prefix}mlp.down_proj", hidden, ffn)
+    yield tensor("model.norm", hidden)
+    yield tensor("lm_head", vocab, hidden)
+
+
+def measure_conversion(
+    source: Path,
+    target: Path,
+    to: str,
+    num_bytes: int,
+    *,
+    memory_budget: str | None = None,
+    cgroup: Path | None = None,
+) -> Measured:
+    """Convert in a process of its own.
+
+    Raises:
+        RuntimeError: the conversion failed; holds what it printed.
+    """
+    arguments = ["convert", str(source), str(target), "--to", to, "--json"]
+    if memory_budget is not None:
+        arguments += ["--memory-budget", memory_budget]
+    process = subprocess.run(
+        [sys.executable, "-c", CHILD, "checkpoint", *arguments],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=None if cgroup is None else lambda: _enter(cgroup),
+    )
+    found = [line for line in process.stdout.splitlines() if line.startswith("MEASURED ")]
+    result = (
+        json.loads(found[0].removeprefix("MEASURED ")) if found else {"code": process.returncode}
+    )
+    if result["code"] != 0:
+        raise RuntimeError(f"exit code {result['code']}:\n{process.stdout}{process.stderr}")
+    return Measured(
+        to, result["seconds"], result["peak"] * 1024, result["imports"] * 1024, num_bytes
+    )
+
+
+def make_cgroup(path: Path, limit_bytes: int) -> None:
+    """A cgroup with a limit on memory. Raises OSError if this user may not make it."""
+    path.mkdir(exist_ok=True)
+    limit = next(path / name for name in LIMIT_FILES if (path / name).exists())
+    limit.write_text(str(limit_bytes))
+
+
+def _enter(cgroup: Path) -> None:
+    (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def seconds_of_copy(source: Path, target: Path) -> float:
+    """`cp -r` and a sync of what was written."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    for path in target.iterdir():
+        _sync(path)
+    return time.perf_counter() - start
+
+
+def seconds_of_plain_io(file: Path, target: Path) -> tuple[float, float]:
+    """Reading a file to nowhere, and writing as many bytes from memory, synced."""
+    size = file.stat().st_size
+    start = time.perf_counter()
+    with file.open("rb", buffering=0) as source:
+        buffer = bytearray(BLOCK_BYTES)
+        while source.readinto(buffer):
+            pass
+    read_s = time.perf_counter() - start
+    start = time.perf_counter()
+    with target.open("wb", buffering=0) as sink:
+        for done in range(0, size, BLOCK_BYTES):
+            sink.write(buffer[: min(BLOCK_BYTES, size - done)])
+        os.fsync(sink.fileno())
+    return read_s, time.perf_counter() - start
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the model")
+    parser.add_argument("--largest-gigabytes", type=float, default=0.1, help="of one tensor")
+    parser.add_argument("--to", nargs="+", default=["safetensors", "gguf", "orbax"])
+    parser.add_argument("--memory-budget", help="as of the command")
+    parser.add_argument("--memory-cgroup", type=Path, help="made with the budget as its limit")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="where files are made; else the temporary one")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.memory_cgroup is not None:
+        if args.memory_budget is None:
+            parser.error("--memory-cgroup needs --memory-budget")
+        make_cgroup(args.memory_cgroup, parse_byte_size(args.memory_budget))
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-migration-") as folder:
+        report = run(Path(folder), args)
+    if args.memory_cgroup is not None:
+        args.memory_cgroup.rmdir()
+    print(json.dumps(report, indent=2) if args.json else text_of(report))
+
+
+def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, bounds and conversions by turns."""
+    source = folder / "source"
+    num_bytes = write_synthetic(
+        source, int(args.gigabytes * 1e9), int(args.largest_gigabytes * 1e9)
+    )
+    rounds = []
+    for _ in range(args.rounds):
+        copy_s = seconds_of_copy(source, folder / "copy")
+        shutil.rmtree(folder / "copy")
+        read_s, write_s = seconds_of_plain_io(source / "model.safetensors", folder / "plain")
+        (folder / "plain").unlink()
+        entry: dict[str, Any] = {"copy_s": copy_s, "read_s": read_s, "write_s": write_s}
+        for to in args.to:
+            target = folder / ("made.gguf" if to == "gguf" else "made")
+            measured = measure_conversion(
+                source,
+                target,
+                to,
+                num_bytes,
+                memory_budget=args.memory_budget,
+                cgroup=args.memory_cgroup,
+            )
+            entry[to] = asdict(measured)
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        rounds.append(entry)
+    return {"num_bytes": num_bytes, "rounds": rounds}
+
+
+def text_of(report: dict[str, Any]) -> str:
+    """A line a measurement."""
+    size = report["num_bytes"]
+    lines = [f"model of {size / 1e9:.2f} GB"]
+    for entry in report["rounds"]:
+        bound = entry["read_s"] + entry["write_s"]
+        lines.append(
+            f"cp and sync {entry['copy_s']:.2f} s; plain read {entry['read_s']:.2f} s + plain "
+            f"write {entry['write_s']:.2f} s = {size / 1e6 / bound:.0f} MB/s"
+        )
+        for to, found in entry.items():
+            if isinstance(found, dict):
+                lines.append(
+                    f"  to {to:<12} {found['seconds']:6.2f} s, {size / 1e6 / found['seconds']:.0f} "
+                    f"MB/s, {100 * bound / found['seconds']:.0f} % of the bound, "
+                    f"{found['seconds'] / entry['copy_s']:.2f} x cp; peak "
+                    f"{found['peak_bytes'] / 1e6:.0f} MB, imports "
+                    f"{found['imports_bytes'] / 1e6:.0f} MB"
+                )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,7 @@ def compare(engine: str, export: Path, prompts: list[dict[str, Any]], made: Any)
     def forward(params: Any, token_ids: jax.Array) -> jax.Array:
         x = family.embed(params, config, token_ids)
         positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-        x, _ = family.run_layers(params, config, x, positions, (), dense_attend())
+        x, _ = family.run_layers(params, config, x, positions, (), dense_attend(config))
         return family.logits(params, config, x)
 
     differing: list[dict[str, Any]] = []

@@ -71,9 +71,9 @@ def _for_rows(transform: Transform, part: PlannedPart, rows: int) -> Transform:
 
 def _cast(values: Array, dtype: np.dtype[Any], name: str) -> Array:
     if values.dtype == dtype:
-        return np.ascontiguousarray(values)
+        return np.asarray(values, order="C")  # Not `ascontiguousarray`: it has no rank 0.
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = np.ascontiguousarray(values.astype(dtype))
+        cast = values.astype(dtype, order="C")
     is_narrower = np.issubdtype(dtype, np.floating) or dtype.kind == "V"
     if (is_narrower and dtype.itemsize < values.dtype.itemsize) or dtype == np.float16:
         lost = np.isinf(cast.astype(np.float32)) & np.isfinite(values.astype(np.float32))

@@ -48,11 +48,14 @@ class ArrayFiles:
             chunk_shape: the parts that can be read alone; a write should fill whole ones.
 
         Raises:
-            ValueError, OSError: the system refuses.
+            OSError: the system refuses.
         """
-        if name not in self._opened:
-            self._opened[name] = self._open(name, values.dtype.name, shape, chunk_shape)
-        self._opened[name][part].write(values).result()
+        try:
+            if name not in self._opened:
+                self._opened[name] = self._open(name, values.dtype.name, shape, chunk_shape)
+            self._opened[name][part].write(values).result()
+        except ValueError as error:  # TensorStore's, for a full disk as for all else.
+            raise OSError(str(error).splitlines()[0]) from error
 
     def finish(self, names: Iterable[str]) -> None:
         """Write the file by which Orbax knows the tree."""

@@ -115,9 +115,7 @@ def last_logits(model: ModelSource, prompts: Sequence[Sequence[int]]) -> list[np
     def forward(params: Params, token_ids: jax.Array, last: jax.Array) -> jax.Array:
         x = family.embed(params, config, token_ids)
         positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-        x, _ = family.run_layers(
-            params, config, x, positions, (), dense_attend(config.sliding_window)
-        )
+        x, _ = family.run_layers(params, config, x, positions, (), dense_attend(config))
         return family.logits(params, config, x[last][None])[0]
 
     # One length for all, so that one program serves them: causal attention ignores the rest.

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from jaxserve.trainer.cadence import Cadence
 from jaxserve.trainer.commit import CommitTracker
 from jaxserve.trainer.control import Message
@@ -150,6 +152,13 @@ class GenerationRun:
         if self._base.state is None and not found and self.committed == 0:
             return Base(0, None, self.layout)
         return None
+
+    def owns(self, base: Base) -> bool:
+        """Whether a base's state lies in this generation's memory."""
+        memory, state = self._generation.memory, base.state
+        return bool(memory.state_bytes and state is not None) and any(
+            np.shares_memory(state, memory.slot(slot)) for slot in range(NUM_SLOTS)
+        )
 
     # What trainers say.
 

@@ -127,10 +127,11 @@ class Supervisor:
         """Finds the state that the next generation starts from."""
         services, before = self._services, progress.base
         base = run.best_base(outcome.rollback_to)
-        in_memory = base is not None and base.state is not None and base.state is not before.state
-        if base is None:
-            services.view.say("no snapshot in memory is whole: going back to the disk", warn=True)
+        if base is None or self._is_newer_on_disk(base, outcome.rollback_to):
+            services.view.say("the newest snapshot in memory is not whole: going back to the disk",
+                              warn=True)  # fmt: skip
             base = self._restore(outcome.rollback_to)
+        in_memory = run.owns(base)
         if run.committed > before.step:
             progress.num_failures = 0
         if base.step < run.committed:
@@ -143,6 +144,10 @@ class Supervisor:
         if not in_memory:
             generation.memory.close()
         progress.base = base
+
+    def _is_newer_on_disk(self, base: Base, limit: int | None) -> bool:
+        durable = self._services.checkpoints.last_durable
+        return durable is not None and base.step < durable <= (durable if limit is None else limit)
 
     def roll_back(self, to_step: int, from_step: int, generation: int, reason: str) -> None:
         """Takes committed steps back: in the ledger, the metrics and the checkpoints."""
@@ -164,6 +169,10 @@ class Supervisor:
     def _judge(self, outcome: Outcome, progress: _Progress) -> int | None:
         """What an outcome leads to: an exit code, or None to go on."""
         services = self._services
+        if outcome.ending == "finished" and progress.base.step < services.config.total_steps:
+            # The last snapshot was damaged after it was written.
+            self._restart(Outcome("rollback", "the last snapshot is damaged"), progress)
+            return None
         if outcome.ending == "finished":
             self._save(progress, is_end=True)
             return EXIT_FINISHED

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxserve.trainer.cadence import Cadence
 from jaxserve.trainer.config import TrainConfig
+from jaxserve.trainer.errors import RunError
 from jaxserve.trainer.generation import Event
 from jaxserve.trainer.generation_run import Base
 from jaxserve.trainer.goodput import Goodput
@@ -106,6 +107,10 @@ class Machine:
         except SupervisorKilled:
             self.num_supervisor_deaths += 1
             return None
+        except RunError as error:
+            if "could not be saved" not in str(error):
+                raise
+            return None  # The last save failed; the user starts the command again.
 
 
 class SimulatedStore:
@@ -137,6 +142,10 @@ class SimulatedStore:
         moved = [s for s in self._machine.checkpoints if s > step]
         for one in moved:
             del self._machine.checkpoints[one]
+        if self._saving is not None and self._saving[0] > step:
+            self._saving = None
+        if self.last_durable is not None and self.last_durable > step:
+            self.last_durable = max(self._machine.checkpoints, default=None)
         return moved
 
     def begin_save(self, step: int, layout: Any, state: Any, metadata: Any) -> None:

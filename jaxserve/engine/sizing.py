@@ -9,6 +9,7 @@ from time import perf_counter
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.profile import LIMIT_S, measure_steps
 from jaxserve.engine.scheduler.budget import (
+    TBT_MARGIN,
     SlackBudget,
     StepBudget,
     TimeBudget,
@@ -21,9 +22,6 @@ from jaxserve.engine.scheduler.scheduler import Scheduler
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step_cost import StepCost, fit_step_cost
 from jaxserve.engine.step_features import StepFeatures
-
-_MARGIN = 0.9
-"""Share of a TBT objective that a step may take; the host and chance get the rest."""
 
 
 def make_scheduler(
@@ -49,7 +47,7 @@ def make_scheduler(
     if settings.step_budget == "tokens":
         config = _with_token_budget(config, cost, tbt_s, num_measured_rows)
     elif settings.step_budget == "time":
-        budget = TimeBudget(cost, tbt_s * _MARGIN, max_rows=config.token_budget)
+        budget = TimeBudget(cost, tbt_s * TBT_MARGIN, max_rows=config.token_budget)
     else:
         budget = SlackBudget(cost, settings.objective, max_rows=config.token_budget)
     settings = replace(settings, scheduler=config)
@@ -71,7 +69,7 @@ def _with_token_budget(
         num_decodes=config.max_num_seqs,
         decode_context=min(config.max_num_seqs * half, in_pool),
         chunk_start=half,
-        margin=_MARGIN,
+        margin=TBT_MARGIN,
     )
     buckets = tuple(rows for rows in config.buckets if rows <= token_budget)
     return replace(config, token_budget=token_budget, buckets=buckets)

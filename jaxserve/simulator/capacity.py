@@ -138,9 +138,7 @@ def find_capacity(
 ) -> tuple[float, list[Probe]]:
     """The highest rate that meets the objective, and every rate tried.
 
-    From `start_qps` the rate is doubled or halved until the answer lies
-    between two rates, then bisected until they are `tolerance` apart
-    (relative). 0.0 if no rate down to a 2**-20th of the start meets it.
+    See `highest_rate`; rates are doubled or halved.
     """
     probes: list[Probe] = []
 
@@ -151,25 +149,43 @@ def find_capacity(
             on_probe(result)
         return result.meets
 
+    return highest_rate(meets, start_qps=start_qps, tolerance=tolerance), probes
+
+
+def highest_rate(
+    meets: Callable[[float], bool],
+    *,
+    start_qps: float,
+    tolerance: float,
+    growth: float = 2.0,
+    max_steps: int = MAX_PROBES,
+) -> float:
+    """The highest rate at which `meets` holds, in virtual or in real time.
+
+    From `start_qps` the rate is multiplied or divided by `growth`, at most
+    `max_steps` times, until the answer lies between two rates; these are then
+    bisected until they are `tolerance` apart (relative). 0.0 if no rate that
+    was tried meets it.
+    """
     low, high = 0.0, 0.0
     qps = start_qps
-    for _ in range(MAX_PROBES):
+    for _ in range(max_steps):
         if meets(qps):
             low = qps
             if high:
                 break
-            qps *= 2
+            qps *= growth
         else:
             high = qps
             if low:
                 break
-            qps /= 2
+            qps /= growth
     if not (low and high):
-        return low, probes
+        return low
     while high / low > 1 + tolerance:
         middle = (low * high) ** 0.5
         if meets(middle):
             low = middle
         else:
             high = middle
-    return low, probes
+    return low

@@ -20,7 +20,7 @@ from tests.scheduler.driver import random_run
 from tests.scheduler.fake_device import results_of
 from tests.scheduler.properties import PROMISES, WHOLE_PROMPT_POLICIES
 from tests.scheduler.test_scheduler import commit, make_request, plan_step, timeline
-from tests.scheduler.timelines import FIGURES, GOLDENS
+from tests.scheduler.timelines import FIGURES, read_goldens
 
 CONFIG = SchedulerConfig(
     num_pages=64,
@@ -81,9 +81,7 @@ def add_all(scheduler: Scheduler, prompts: dict[str, int], *, max_tokens: int = 
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_golden_timelines(figure: str) -> None:
-    sections = (GOLDENS / f"{figure}.txt").read_text("utf-8").rstrip("\n").split("\n\n")
-    goldens = dict(section.removeprefix("== ").split("\n", 1) for section in sections)
-    assert {policy: FIGURES[figure](policy) for policy in POLICIES} == goldens
+    assert {policy: FIGURES[figure](policy) for policy in POLICIES} == read_goldens(figure)
 
 
 @pytest.mark.parametrize("pipe", PIPES)

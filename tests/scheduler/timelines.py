@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.request import GenerationRequest, Request, ServiceObjective
+from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.policies import POLICIES
 from jaxserve.engine.scheduler.scheduler import Scheduler
@@ -20,7 +21,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 NAMES = "ABCD"
 
 
-def _config(policy: str, *, num_stages: int) -> SchedulerConfig:
+def timeline_config(policy: str, *, num_stages: int) -> SchedulerConfig:
     return SchedulerConfig(
         num_pages=64,
         max_model_len=28,
@@ -37,15 +38,18 @@ def _config(policy: str, *, num_stages: int) -> SchedulerConfig:
     )
 
 
-def _request(name: str, num_prompt: int, max_tokens: int) -> Request:
+def timeline_request(
+    name: str, num_prompt: int, max_tokens: int, arrival_s: float = 0.0
+) -> Request:
     """D is in more of a hurry than the others, which policies of deadlines follow."""
-    first_id = 100 * NAMES.index(name)
+    first_id = 50 * NAMES.index(name)
     generation = GenerationRequest(
         name,
         tuple(range(first_id, first_id + num_prompt)),
+        SamplingParams(temperature=0.0, ignore_eos=True),
         objective=ServiceObjective(ttft_s=3.0, tbt_s=0.1) if name == "D" else None,
     )
-    return Request(generation, max_tokens, 0, frozenset(), arrival_s=0.0)
+    return Request(generation, max_tokens, 0, frozenset(), arrival_s)
 
 
 def _commit(scheduler: Scheduler, plan: StepPlan, now_s: float) -> None:
@@ -53,7 +57,7 @@ def _commit(scheduler: Scheduler, plan: StepPlan, now_s: float) -> None:
     scheduler.commit(plan, results_of(plan.step_id, [7] * num_rows, [0.0] * num_rows), now_s)
 
 
-def _cells(plan: StepPlan) -> dict[str, str]:
+def plan_cells(plan: StepPlan) -> dict[str, str]:
     cells = {chunk.request_id: "d" for chunk in plan.decodes}
     return cells | {chunk.request_id: f"p{chunk.num_tokens}" for chunk in plan.prefills}
 
@@ -67,20 +71,20 @@ def arrivals_beside_decodes(policy: str) -> str:
 
     p6: six prompt tokens; d: a decode; -: runs, but not in this step; .: waits.
     """
-    scheduler = Scheduler(_config(policy, num_stages=1))
-    requests = {name: _request(name, 3, 5) for name in "AB"}
+    scheduler = Scheduler(timeline_config(policy, num_stages=1))
+    requests = {name: timeline_request(name, 3, 5) for name in "AB"}
     for request in requests.values():
         scheduler.add(request)
     rows, seen = [_row("step", list(NAMES))], set[str]()
     for step in range(40):
         if step == 1:
-            requests |= {"C": _request("C", 14, 2), "D": _request("D", 5, 2)}
+            requests |= {"C": timeline_request("C", 14, 2), "D": timeline_request("D", 5, 2)}
             scheduler.add(requests["C"])
             scheduler.add(requests["D"])
         plan = scheduler.plan(float(step))
         if plan is None:
             break
-        in_step = _cells(plan)
+        in_step = plan_cells(plan)
         seen |= set(in_step)
         rows.append(_row(step, [_cell(requests, seen, in_step, name) for name in NAMES]))
         _commit(scheduler, plan, step + 0.5)
@@ -120,9 +124,9 @@ def two_stages(policy: str) -> str:
 
     Below the steps: which step each stage runs, a column per unit of time.
     """
-    scheduler = Scheduler(_config(policy, num_stages=2))
+    scheduler = Scheduler(timeline_config(policy, num_stages=2))
     for name, num_prompt in zip(NAMES, (16, 5, 12, 3), strict=True):
-        scheduler.add(_request(name, num_prompt, 3))
+        scheduler.add(timeline_request(name, num_prompt, 3))
     pipeline, now = _Pipeline(), 0
     in_flight: list[tuple[StepPlan, int]] = []
     rows = [_row("step", list(NAMES))]
@@ -130,7 +134,7 @@ def two_stages(policy: str) -> str:
         plan = scheduler.plan(float(now))
         if plan is not None:
             in_flight.append((plan, pipeline.run(plan, now)))
-            cells = _cells(plan)
+            cells = plan_cells(plan)
             rows.append(_row(plan.step_id, [cells.get(name, "") for name in NAMES]))
             continue
         oldest, done = in_flight.pop(0)
@@ -146,6 +150,12 @@ FIGURES: dict[str, Callable[[str], str]] = {
     "arrivals_beside_decodes": arrivals_beside_decodes,
     "two_stages": two_stages,
 }
+
+
+def read_goldens(figure: str) -> dict[str, str]:
+    """Policy -> its timeline."""
+    sections = (GOLDENS / f"{figure}.txt").read_text("utf-8").rstrip("\n").split("\n\n")
+    return dict(section.removeprefix("== ").split("\n", 1) for section in sections)
 
 
 def main() -> None:

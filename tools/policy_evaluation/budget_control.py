@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxserve.engine.profile import measure_steps
 from jaxserve.engine.request import ServiceObjective
+from jaxserve.engine.scheduler.budget import TBT_MARGIN
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.step_cost import FittedStepCost, fit_step_cost
@@ -27,7 +28,6 @@ all of them then run around half of the context, which sizing assumes."""
 PROFILE_S = 30.0
 SLACK = 1.1
 """Objective over the shortest one for which sizing would take that budget."""
-SIZING_MARGIN = 0.9
 
 
 def objective_keeps(rig: Rig, *, num_prompts: int = 2) -> Outcome:
@@ -38,7 +38,7 @@ def objective_keeps(rig: Rig, *, num_prompts: int = 2) -> Outcome:
     checks: list[Check] = []
     figures: list[dict[str, float]] = []
     for rows, larger in pairwise(TOKEN_BUDGETS):
-        slo_s = SLACK * _predicted_s(cost, rows) / SIZING_MARGIN
+        slo_s = SLACK * _predicted_s(cost, rows) / TBT_MARGIN
         chosen = _sized(rig, slo_s)
         kept_s = _tbt_p99_s(rig, rows, cost, num_prompts)
         broken_s = _tbt_p99_s(rig, larger, cost, num_prompts)

@@ -28,6 +28,10 @@ class StepContext:
     """When the oldest of them began to run."""
 
 
+TBT_MARGIN = 0.9
+"""Share of a TBT objective that a step may take; the host and chance get the rest."""
+
+
 class PrefillLimit(Protocol):
     """How many prefill tokens one step may still take."""
 

@@ -124,6 +124,8 @@ class Exchange:
 
     def norm_squares(self, chunks: Sequence[jax.Array]) -> list[jax.Array]:
         """Sums of squares of all blocks, float32[num_blocks], on each local device."""
+        if self.num_devices == 1:
+            return [_block_sums(square(chunks[0]))]
         squares = self.join([square(chunk) for chunk in chunks])
         return self.parts_of(self._gather_sums(squares))
 
@@ -223,6 +225,11 @@ class Exchange:
     @cached_property
     def _gather_small(self) -> Any:
         return self._program(lambda value: jax.lax.all_gather(value, AXIS), P())
+
+
+@jax.jit
+def _block_sums(squares: jax.Array) -> jax.Array:
+    return block_sums(squares)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -21,6 +21,7 @@ from models.training import TrainRows, loss_sum
 from schedules import make_schedule
 
 NUM_STEPS = 4
+pytestmark = pytest.mark.timeout(600)  # minutes of compilation, on a busy machine with no cache
 
 
 def reference_run(optimizer: optax.GradientTransformation) -> tuple[dict[str, Any], list[float]]:

@@ -20,6 +20,7 @@ LONG = [
     "weights",
     "knee",
     "spike",
+    "clean",
     *(f"optimizer-{name}" for name in OPTIMIZER_OPTIONS),
 ]
 

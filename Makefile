@@ -60,6 +60,7 @@ goldens: $(STAMP) ## Remake the golden outputs (torch and transformers in build/
 	model=$$($(BIN)/jaxserve pull); gemma=$$($(BIN)/jaxserve pull gemma-3-270m); \
 	minilm=$$($(BIN)/jaxserve pull all-minilm-l6-v2); export PYTHONPATH=.; \
 	$(GOLDENS)/python tools/make_tiny_goldens.py --out tests/goldens/tiny; \
+	$(GOLDENS)/python tools/make_lora_goldens.py tests/goldens/tiny/biases tests/goldens/lora; \
 	$(GOLDENS)/python tools/make_smollm2_goldens.py --model "$$model" --out tests/goldens/smollm2_greedy.json; \
 	$(GOLDENS)/python tools/make_gemma3_goldens.py --model "$$gemma" --out tests/goldens/gemma3_greedy.json; \
 	$(GOLDENS)/python tools/make_minilm_goldens.py --model "$$minilm" --out tests/goldens/minilm.json; \

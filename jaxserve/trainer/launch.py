@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxserve.trainer.allocator import allocator_environment
+
 COLLECTIVE_WARN_S = 30
 COLLECTIVE_END_S = 1800
 """XLA ends a process whose collective waits so long. Ours is the supervisor's watchdog, which
@@ -55,6 +57,7 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     own = [f"{name}={value}" for name, value in _OWN_FLAGS.items() if name not in names]
     return {
         **environment,
+        **allocator_environment(environment),
         "XLA_FLAGS": " ".join([*given, *own]),
         # A process that forks must have one thread; trainers compute in XLA's threads.
         "OPENBLAS_NUM_THREADS": "1",

@@ -22,9 +22,14 @@ MAX_LOGITS_BYTES = 512 * 2**20
 """Of one chunk. Fewer chunks are faster: each adds its gradient to the whole head's."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def weighted_nll_sum(
-    logits: Logits, head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array
+    logits: Logits,
+    head: Head,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
 ) -> jax.Array:
     """Sum of `weights * -log softmax(logits(head, x))[targets]`.
 
@@ -34,24 +39,30 @@ def weighted_nll_sum(
         x: `[N, E]`.
         targets: `int32[N]`.
         weights: `float32[N]`; not differentiated.
+        max_logits_bytes: of one chunk of rows.
 
     Returns:
         `float32[]`.
     """
     total = jnp.zeros((), jnp.float32)
-    for rows in _chunks(logits, head, x):
+    for rows in _chunks(logits, head, x, max_logits_bytes):
         total += _chunk_nll(logits(head, x[rows]), targets[rows], weights[rows])[0]
     return total
 
 
 def _forward(
-    logits: Logits, head: Head, x: jax.Array, targets: jax.Array, weights: jax.Array
+    logits: Logits,
+    head: Head,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    max_logits_bytes: int,
 ) -> tuple[jax.Array, tuple[Head, jax.Array]]:
     """The loss, and as residuals its gradients by the head and by `x`."""
     total = jnp.zeros((), jnp.float32)
     head_gradient = None
     row_gradients = []
-    for rows in _chunks(logits, head, x):
+    for rows in _chunks(logits, head, x, max_logits_bytes):
         values, pull_back = jax.vjp(logits, head, x[rows])
         nll, values_gradient = _chunk_nll(values, targets[rows], weights[rows])
         total += nll
@@ -67,9 +78,12 @@ def _forward(
 
 
 def _backward(
-    logits: Logits, gradients: tuple[Head, jax.Array], scale: jax.Array
+    logits: Logits,
+    max_logits_bytes: int,
+    gradients: tuple[Head, jax.Array],
+    scale: jax.Array,
 ) -> tuple[Head, jax.Array, None, None]:
-    del logits
+    del logits, max_logits_bytes
     head, rows = jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), gradients)
     return head, rows, None, None
 
@@ -89,11 +103,11 @@ def _chunk_nll(
     return loss, weights[:, None] * (probabilities - is_target)
 
 
-def _chunks(logits: Logits, head: Head, x: jax.Array) -> Iterator[slice]:
-    """Equal ranges of rows (the last may be shorter) whose logits fit `MAX_LOGITS_BYTES`."""
+def _chunks(logits: Logits, head: Head, x: jax.Array, max_logits_bytes: int) -> Iterator[slice]:
+    """Equal ranges of rows (the last may be shorter) whose logits fit `max_logits_bytes`."""
     num_rows = x.shape[0]
     row_bytes = jax.eval_shape(logits, head, x[:1]).size * 4
-    num_chunks = -(-num_rows * row_bytes // MAX_LOGITS_BYTES)
-    size = -(-num_rows // num_chunks)
+    size = max(1, min(num_rows, max_logits_bytes // row_bytes))
+    size = -(-num_rows // -(-num_rows // size))
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))

@@ -12,6 +12,9 @@ from models.ops.linear import matmul_precision
 
 MASKED = -1e30
 """Finite: a softmax over nothing but masked scores would be NaN, and so would its gradient."""
+BLOCK_ROWS = 128
+MAX_BLOCKS = 8
+"""Longer rows get larger blocks: the program grows with their number."""
 
 
 def packed_attention(
@@ -23,6 +26,9 @@ def packed_attention(
     sliding_window: Window = None,
 ) -> jax.Array:
     """Each position sees the earlier ones of its own segment, and itself.
+
+    Queries are taken in blocks, each with the keys that it could see: scores above the
+    diagonal, or left of the window, are for the most part not computed.
 
     Args:
         q: `[B, T, H, D]`, rotated, unscaled.
@@ -36,22 +42,38 @@ def packed_attention(
     """
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
+    grouped = (batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    q = (q.reshape(grouped) / math.sqrt(head_dim)).astype(q.dtype).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    size = max(BLOCK_ROWS, -(-length // MAX_BLOCKS))
+    blocks = []
+    for start in range(0, length, size):
+        rows = slice(start, min(start + size, length))
+        # A window that differs between layers is not known yet; then it only masks.
+        first = max(0, start - sliding_window + 1) if isinstance(sliding_window, int) else 0
+        keys = slice(first, rows.stop)
+        visible = _visible(segment_ids, rows, keys, sliding_window)
+        blocks.append(_attend(q[:, :, :, rows], k[:, :, keys], v[:, :, keys], visible))
+    out = jnp.concatenate(blocks, axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """`q [B, K, G, t, D]`, `k`, `v [B, K, s, D]`, `visible [B, t, s]` to `[B, K, G, t, D]`."""
     precision = matmul_precision(q.dtype)
-    grouped = q.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = jnp.einsum(
-        "btkgd,bskd->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32
-    ) / math.sqrt(head_dim)
-    visible = visible_positions(segment_ids, sliding_window)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v, precision=precision)
-    return out.reshape(batch, length, num_heads, head_dim).astype(q.dtype)
+        "bkgtd,bksd->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights.astype(v.dtype), v, precision=precision)
+    return out.astype(q.dtype)
 
 
-def visible_positions(segment_ids: jax.Array, sliding_window: Window) -> jax.Array:
-    """`int32[B, T]` to `bool[B, T, T]`: whether position t (axis 1) sees s (axis 2)."""
-    index = jnp.arange(segment_ids.shape[1])
-    distance = index[:, None] - index[None, :]
+def _visible(segment_ids: jax.Array, rows: slice, keys: slice, sliding_window: Window) -> jax.Array:
+    """`int32[B, T]` to `bool[B, t, s]`: whether a position of `rows` sees one of `keys`."""
+    row_index = jnp.arange(rows.start, rows.stop)[:, None]
+    distance = row_index - jnp.arange(keys.start, keys.stop)[None, :]
     visible = distance >= 0
     if sliding_window is not None:
         visible &= distance < sliding_window
-    return visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return visible & (segment_ids[:, rows, None] == segment_ids[:, None, keys])

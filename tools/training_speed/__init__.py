@@ -1,0 +1,1 @@
+"""Engines that `tools/bench_training.py` compares, each a process that steps when it is told."""

@@ -6,13 +6,14 @@ Imports jax and optax alone. `knee` and `make_schedule` give plain optax schedul
 
 from __future__ import annotations
 
-from schedules.config import ScheduleConfig
+from schedules.config import Kind, ScheduleConfig
 from schedules.errors import ScheduleError
 from schedules.factory import make_schedule, rewarmed
 from schedules.parabola import Parabola, fit_parabola
 from schedules.probe import (
     current_lr,
     direction_of,
+    path_direction,
     probe_direction,
     probe_positions,
     probe_step,
@@ -22,21 +23,24 @@ from schedules.probe import (
 )
 from schedules.trapezoid import knee
 from schedules.tuner import lr_tuner
-from schedules.tuner_config import TunerConfig
+from schedules.tuner_config import TunerConfig, Variant
 from schedules.tuner_state import TunerState, tuner_state
 
 __all__ = [
+    "Kind",
     "Parabola",
     "ScheduleConfig",
     "ScheduleError",
     "TunerConfig",
     "TunerState",
+    "Variant",
     "current_lr",
     "direction_of",
     "fit_parabola",
     "knee",
     "lr_tuner",
     "make_schedule",
+    "path_direction",
     "probe_direction",
     "probe_positions",
     "probe_step",

@@ -116,6 +116,29 @@ def probe_direction(
     return direction
 
 
+def path_direction(params: Any, start: Any, opt_state: Any) -> Any:
+    """The way from `start` to `params` as a direction for the present rate.
+
+    Probing along it, from `start`, asks whether all the updates since then should have
+    been longer. That has far less noise than one update's direction, and is less short-sighted;
+    it needs no gradient, but `start`: a copy of the parameters at the last probe.
+
+    Args:
+        params: Parameters now.
+        start: Parameters when the rate was last set.
+        opt_state: State of an optimizer with one `lr_tuner` in it.
+
+    Returns:
+        A float32 pytree like `params`: `start` + rate * direction is `params`.
+    """
+    rate = tuner_state(opt_state).lr
+
+    def between(now: jax.Array, then: jax.Array) -> jax.Array:
+        return (now.astype(jnp.float32) - then.astype(jnp.float32)) / rate
+
+    return jax.tree.map(between, params, start)
+
+
 def trial_rates(opt_state: Any, config: TunerConfig) -> jax.Array:
     """The rates that the next probe tries, float32[G], the first of them 0."""
     multiples = jnp.asarray(config.rate_multiples, jnp.float32)

@@ -29,10 +29,10 @@ def lr_tuner(config: TunerConfig) -> optax.GradientTransformationExtraArgs:
     a few rates along it on batches that took no part in it, and fits a parabola.
     The variants differ in what they do with its vertex:
 
-    * `auto` (this project's own): double the rate while the vertex lies beyond the
-      rates tried; the first that does not ends the growth, a few more make sure;
-      the peak is `peak_factor` times the median of the vertices; then
-      hold the peak and decay linearly to 0, as in Knee. No probes after the ramp.
+    * `auto` (this project's own): double the rate while the vertex is further than
+      `settle_ratio` times it, then stay; at the end of the ramp the peak is
+      `peak_factor` times the median of the latest vertices; hold it and decay
+      linearly to 0, as in Knee. No probes after the ramp.
     * `explore_exploit` (the paper's idea as far as it is public): for
       `explore_fraction` of the run the rate only rises towards the median of the
       latest vertices; then it only falls towards it. Probes throughout.

@@ -30,7 +30,10 @@ class TunerConfig:
         min_r_squared: Share of the losses' variance that the parabola must explain.
         min_estimates: Optimal rates to have seen before their median counts; with so many,
             auto ends its ramp.
-        peak_factor: auto: the peak in terms of the median of the optimal rates seen.
+        settled_vertex: auto: the rate to hold is the one whose optimum is this multiple of it.
+        vertex_per_doubling: auto: how much that multiple falls when the rate doubles.
+        min_ramp_fraction: auto: share of the run before which the ramp does not end: a fresh
+            network bears rates that it no longer bears a little later.
         max_ramp_fraction: auto: share of the run after which the ramp ends in any case.
         explore_fraction: Share of the run at the peak (auto), or spent exploring (others).
         rollback_factor: Three train losses in a row above this multiple of their recent median
@@ -47,16 +50,18 @@ class TunerConfig:
     variant: Variant = "auto"
     probe_every: int | None = None
     rate_multiples: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
-    num_batches: int = 4
+    num_batches: int = 1
     max_lr: float = 1.0
     max_growth: float = 2.0
     min_r_squared: float = 0.5
-    min_estimates: int = 5
-    peak_factor: float = 2.0
+    min_estimates: int = 4
+    settled_vertex: float = 0.68
+    vertex_per_doubling: float = 0.17
+    min_ramp_fraction: float = 0.1
     max_ramp_fraction: float = 0.2
     explore_fraction: float = 0.5
     rollback_factor: float = 2.0
-    loss_tolerance: float = 0.01
+    loss_tolerance: float = 0.05
 
     def __post_init__(self) -> None:
         self._require("total_steps", self.total_steps >= 1, "at least 1")
@@ -79,8 +84,12 @@ class TunerConfig:
         self._require("max_growth", 1 < self.max_growth <= 2, "above 1, at most 2")
         self._require("min_r_squared", 0 <= self.min_r_squared < 1, "0 to below 1")
         self._require("min_estimates", 1 <= self.min_estimates <= 16, "1 to 16")
-        self._require("peak_factor", self.peak_factor > 0, "above 0")
         self._require("max_ramp_fraction", 0 < self.max_ramp_fraction <= 1, "above 0, at most 1")
+        is_fraction = 0 <= self.min_ramp_fraction <= self.max_ramp_fraction
+        self._require("min_ramp_fraction", is_fraction, "0 to max_ramp_fraction")
+        in_reach = 0.5 < self.settled_vertex < multiples[-1]
+        self._require("settled_vertex", in_reach, "0.5 to the largest of rate_multiples")
+        self._require("vertex_per_doubling", self.vertex_per_doubling > 0, "above 0")
         self._require("explore_fraction", 0 <= self.explore_fraction <= 1, "0 to 1")
         self._require("rollback_factor", self.rollback_factor > 1, "above 1")
         self._require("loss_tolerance", self.loss_tolerance >= 0, "at least 0")
@@ -100,6 +109,11 @@ class TunerConfig:
     def batch_interval(self) -> int:
         """Updates between the batches of a probe."""
         return max(1, self.probe_interval // self.num_batches)
+
+    @property
+    def min_ramp_steps(self) -> int:
+        """auto: updates before which the ramp does not end by itself."""
+        return round(self.total_steps * self.min_ramp_fraction)
 
     @property
     def max_ramp_steps(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +26,22 @@ SPIKE_LOSSES = 3
 """Train losses in a row that make a spike: one batch may just be hard."""
 
 
+class Reading(NamedTuple):
+    """What the parabola of a probe says.
+
+    Attributes:
+        is_finite: bool[], all losses are.
+        has_said: bool[], the parabola is trusted.
+        is_beyond: bool[], the optimum lies beyond the largest rate tried.
+        optimum: float32[], where it is said to be; if beyond, the largest rate tried.
+    """
+
+    is_finite: jax.Array
+    has_said: jax.Array
+    is_beyond: jax.Array
+    optimum: jax.Array
+
+
 def after_probe(config: TunerConfig, state: TunerState) -> TunerState:
     """The state once the losses of a probe's last batch are in.
 
@@ -37,30 +56,27 @@ def after_probe(config: TunerConfig, state: TunerState) -> TunerState:
     means = state.loss_sums / config.num_batches
     differences = means.at[0].set(0.0)
     fit = fit_parabola(config.rate_multiples, differences)
-    found, beyond, uphill = _verdict(config, fit, means[0], differences)
-    lowest, highest = state.lr / config.max_growth, state.lr * config.max_growth
-    optimum = state.lr * fit.vertex
-    target = jnp.where(found, jnp.clip(optimum, lowest, highest), state.lr)
-    target = jnp.where(beyond, highest, jnp.where(uphill, lowest, target))
-    target = jnp.where(jnp.all(jnp.isfinite(differences)), target, lowest)
+    reading = _read(config, state, fit, means[0], differences)
     window_loss = state.window_sum / jnp.maximum(state.window_steps, 1)
     has_risen = window_loss > state.last_window_loss * (1.0 + config.loss_tolerance)
+    if config.variant == "auto":
+        reading, target, is_growing = _ramp_wishes(config, state, reading)
+        counts = reading.has_said & ~is_growing
+        num_before = jnp.where(is_growing, 0, state.num_rates)
+    else:
+        target, counts = _tracking_wishes(config, state, reading)
+        num_before = state.num_rates
     if config.is_guarded:
         target = jnp.where(has_risen, jnp.minimum(target, state.lr), target)
-    # Once there are estimates, one that lies beyond counts as the largest rate tried: leaving it
-    # out would pull the median down. Before, it only says that the ramp is not there yet.
-    counts = found | uphill | (beyond & (state.num_rates > 0))
-    estimate = jnp.where(found, optimum, state.lr * config.rate_multiples[-1])
-    estimate = jnp.where(uphill, lowest, estimate)
-    log_rate = jnp.log(jnp.where(counts, estimate, 1.0))
-    rates, num_rates = push(state.log_rates, state.num_rates, log_rate)
+    log_rate = jnp.log(jnp.where(counts, reading.optimum, 1.0))
+    rates, num_rates = push(state.log_rates, num_before, log_rate)
     judged = state._replace(
         log_rates=jnp.where(counts, rates, state.log_rates),
-        num_rates=jnp.where(counts, num_rates, state.num_rates),
+        num_rates=jnp.where(counts, num_rates, num_before),
         loss_sums=jnp.zeros_like(state.loss_sums),
         probe_pos=jnp.zeros_like(state.probe_pos),
         num_probes=state.num_probes + 1,
-        num_rejected=jnp.where(found | beyond | uphill, 0, state.num_rejected + 1),
+        num_rejected=jnp.where(reading.has_said, 0, state.num_rejected + 1),
         coefficients=fit.coefficients,
         r_squared=fit.r_squared,
         window_sum=jnp.zeros_like(state.window_sum),
@@ -70,26 +86,65 @@ def after_probe(config: TunerConfig, state: TunerState) -> TunerState:
     return _follow(config, judged, jnp.minimum(target, config.max_lr))
 
 
-def _verdict(
-    config: TunerConfig, fit: Parabola, base_loss: jax.Array, differences: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _read(
+    config: TunerConfig,
+    state: TunerState,
+    fit: Parabola,
+    base_loss: jax.Array,
+    differences: jax.Array,
+) -> Reading:
     """Whether the optimum was found, lies beyond the rates tried, or at none of them."""
     largest = config.rate_multiples[-1]
     has_minimum = fit.coefficients[0] > 0
-    if not config.is_guarded:
+    is_finite = jnp.all(jnp.isfinite(differences))
+    if config.is_guarded:
+        resolution = 8.0 * jnp.finfo(jnp.float32).eps * jnp.abs(base_loss)
+        is_trusted = is_finite & (jnp.max(jnp.abs(differences)) > resolution)
+        is_trusted &= fit.r_squared >= config.min_r_squared
+        found = is_trusted & has_minimum & (fit.vertex > 0) & (fit.vertex <= largest)
+        uphill = is_trusted & (jnp.argmin(differences) == 0) & ~found
+        is_falling = jnp.argmin(differences) == len(config.rate_multiples) - 1
+        is_beyond = is_trusted & is_falling & (fit.vertex > largest)
+    else:
         # The controls believe every parabola; an uphill direction asks for the lowest rate.
-        return has_minimum, jnp.isfinite(fit.r_squared) & ~has_minimum, jnp.zeros((), bool)
-    resolution = 8.0 * jnp.finfo(jnp.float32).eps * jnp.abs(base_loss)
-    is_trusted = (
-        jnp.all(jnp.isfinite(differences))
-        & (jnp.max(jnp.abs(differences)) > resolution)
-        & (fit.r_squared >= config.min_r_squared)
-    )
-    found = is_trusted & has_minimum & (fit.vertex > 0) & (fit.vertex <= largest)
-    is_falling = jnp.argmin(differences) == len(config.rate_multiples) - 1
-    is_lowest_here = jnp.argmin(differences) == 0
-    uphill = is_trusted & is_lowest_here & ~found
-    return found, is_trusted & is_falling & (fit.vertex > largest), uphill
+        found, uphill = has_minimum, jnp.zeros((), bool)
+        is_beyond = jnp.isfinite(fit.r_squared) & ~has_minimum
+    optimum = state.lr * jnp.where(found, fit.vertex, largest)
+    optimum = jnp.where(uphill, state.lr / config.max_growth, optimum)
+    return Reading(is_finite, found | uphill | is_beyond, is_beyond, optimum)
+
+
+def _ramp_wishes(
+    config: TunerConfig, state: TunerState, reading: Reading
+) -> tuple[Reading, jax.Array, jax.Array]:
+    """auto: the rate to hold by this probe, the next rate, whether it grows at full speed.
+
+    The optimum over the rate falls as the rate rises, about linearly in its logarithm; the rate
+    to hold is where it is `settled_vertex`. A step towards it is at most `max_growth` fold.
+    """
+    vertex = reading.optimum / state.lr
+    doublings = (vertex - config.settled_vertex) / config.vertex_per_doubling
+    most = math.log2(config.max_growth)
+    doublings = jnp.where(reading.is_beyond, most, jnp.clip(doublings, -most, most))
+    wished = state.lr * jnp.exp2(doublings)
+    lowest = state.lr / config.max_growth
+    target = jnp.where(reading.has_said, wished, state.lr)
+    target = jnp.where(reading.is_finite, target, lowest)
+    return reading._replace(optimum=wished), target, reading.has_said & (doublings >= most)
+
+
+def _tracking_wishes(
+    config: TunerConfig, state: TunerState, reading: Reading
+) -> tuple[jax.Array, jax.Array]:
+    """Variants that follow the optimum: the next rate, and whether the optimum counts."""
+    lowest, highest = state.lr / config.max_growth, state.lr * config.max_growth
+    bounded = jnp.clip(reading.optimum, lowest, highest)
+    target = jnp.where(reading.has_said, bounded, state.lr)
+    target = jnp.where(reading.is_finite, target, lowest)
+    # Before there are estimates, one that lies beyond says that the rate is not there yet; then
+    # it counts as the largest rate tried: leaving it out would pull the median down.
+    counts = reading.has_said & (~reading.is_beyond | (state.num_rates > 0))
+    return target, counts
 
 
 def _follow(config: TunerConfig, state: TunerState, target: jax.Array) -> TunerState:
@@ -99,11 +154,9 @@ def _follow(config: TunerConfig, state: TunerState, target: jax.Array) -> TunerS
     if config.variant == "running_max":
         return state._replace(lr=jnp.maximum(state.lr, target))
     if config.variant == "auto":
-        # The first estimate ends the growth: a hot run would ask for more and more.
-        moved = state._replace(
-            lr=jnp.where(state.num_rates > 1, jnp.minimum(target, state.lr), target)
-        )
+        moved = state._replace(lr=target)
         is_over = state.num_rates >= config.min_estimates
+        is_over &= state.num_updates >= config.min_ramp_steps
         is_over |= state.num_rejected >= 2
         return _select(is_over, _hold(config, moved), moved)
     # explore_exploit: the median decides once there is one, so that no single probe can.
@@ -152,8 +205,9 @@ def _rolled_back(config: TunerConfig, state: TunerState) -> TunerState:
 
 def _hold(config: TunerConfig, state: TunerState) -> TunerState:
     """The end of the ramp: the peak is set, and with it the rest of the run."""
-    optimum = jnp.exp(median(state.log_rates, state.num_rates))
-    peak = jnp.where(state.num_rates > 0, config.peak_factor * optimum, state.lr)
+    newest = jnp.minimum(state.num_rates, config.min_estimates)
+    optimum = jnp.exp(median(state.log_rates, newest))
+    peak = jnp.where(state.num_rates > 0, optimum, state.lr)
     return state._replace(
         phase=jnp.full_like(state.phase, HOLD),
         peak=jnp.minimum(peak, config.max_lr),

@@ -29,10 +29,11 @@ def lr_tuner(config: TunerConfig) -> optax.GradientTransformationExtraArgs:
     a few rates along it on batches that took no part in it, and fits a parabola.
     The variants differ in what they do with its vertex:
 
-    * `auto` (this project's own): double the rate while the vertex is further than
-      `settle_ratio` times it, then stay; at the end of the ramp the peak is
-      `peak_factor` times the median of the latest vertices; hold it and decay
-      linearly to 0, as in Knee. No probes after the ramp.
+    * `auto` (this project's own): double the rate while the vertex lies well beyond
+      it, then move to where the vertex is `settled_vertex` times the rate; at the end
+      of the ramp the peak is the median of the latest such rates; hold it and decay
+      linearly to 0, as in Knee. No probes after the ramp. `path_direction` makes
+      its probes far less noisy.
     * `explore_exploit` (the paper's idea as far as it is public): for
       `explore_fraction` of the run the rate only rises towards the median of the
       latest vertices; then it only falls towards it. Probes throughout.

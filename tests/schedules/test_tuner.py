@@ -129,7 +129,7 @@ GROWS = [5.0, 4.0, 3.0, 1.0]
         (GROWS, 0.02, None, False),  # still falling at the largest rate: further
         (bowl(0.02, 0.01), 0.02, None, False),  # far below the optimum: further
         (bowl(0.0068, 0.01), 0.01, 0.01, False),  # settled
-        (bowl(0.0068 + 0.00085, 0.01), 0.01 * 2**0.5, 0.01 * 2**0.5, False),  # half a doubling
+        (bowl(0.0068 + 0.0017, 0.01), 0.01 * 2**0.5, 0.01 * 2**0.5, False),  # half a doubling
         (bowl(0.004, 0.01), 0.005, 0.005, False),  # too high
         ([1.0, 1.0, 1.0, 1.0], 0.01, None, True),  # flat
         ([3e4, 3e4 + 0.002, 3e4, 3e4], 0.01, None, True),  # flat to float32

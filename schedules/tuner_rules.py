@@ -33,12 +33,14 @@ class Reading(NamedTuple):
         is_finite: bool[], all losses are.
         has_said: bool[], the parabola is trusted.
         is_beyond: bool[], the optimum lies beyond the largest rate tried.
+        is_uphill: bool[], at rate 0.
         optimum: float32[], where it is said to be; if beyond, the largest rate tried.
     """
 
     is_finite: jax.Array
     has_said: jax.Array
     is_beyond: jax.Array
+    is_uphill: jax.Array
     optimum: jax.Array
 
 
@@ -111,7 +113,7 @@ def _read(
         is_beyond = jnp.isfinite(fit.r_squared) & ~has_minimum
     optimum = state.lr * jnp.where(found, fit.vertex, largest)
     optimum = jnp.where(uphill, state.lr / config.max_growth, optimum)
-    return Reading(is_finite, found | uphill | is_beyond, is_beyond, optimum)
+    return Reading(is_finite, found | uphill | is_beyond, is_beyond, uphill, optimum)
 
 
 def _ramp_wishes(
@@ -126,6 +128,7 @@ def _ramp_wishes(
     doublings = (vertex - config.settled_vertex) / config.vertex_per_doubling
     most = math.log2(config.max_growth)
     doublings = jnp.where(reading.is_beyond, most, jnp.clip(doublings, -most, most))
+    doublings = jnp.where(reading.is_uphill, -most, doublings)
     wished = state.lr * jnp.exp2(doublings)
     lowest = state.lr / config.max_growth
     target = jnp.where(reading.has_said, wished, state.lr)

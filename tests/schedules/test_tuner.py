@@ -130,7 +130,8 @@ GROWS = [5.0, 4.0, 3.0, 1.0]
         (bowl(0.02, 0.01), 0.02, None, False),  # far below the optimum: further
         (bowl(0.0068, 0.01), 0.01, 0.01, False),  # settled
         (bowl(0.0068 + 0.0017, 0.01), 0.01 * 2**0.5, 0.01 * 2**0.5, False),  # half a doubling
-        (bowl(0.004, 0.01), 0.005, 0.005, False),  # too high
+        (bowl(0.0051, 0.01), 0.01 / 2**0.5, 0.01 / 2**0.5, False),  # too high
+        (bowl(0.003, 0.01), 0.005, 0.005, False),  # far too high
         ([1.0, 1.0, 1.0, 1.0], 0.01, None, True),  # flat
         ([3e4, 3e4 + 0.002, 3e4, 3e4], 0.01, None, True),  # flat to float32
         ([1.0, 3.0, 1.0, 3.0], 0.01, None, True),  # no parabola

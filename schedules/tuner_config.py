@@ -56,7 +56,7 @@ class TunerConfig:
     max_lr: float = 1.0
     max_growth: float = 2.0
     min_r_squared: float = 0.5
-    min_estimates: int = 4
+    min_estimates: int = 6
     settled_vertex: float = 0.68
     vertex_per_doubling: float = 0.34
     min_ramp_fraction: float = 0.1

@@ -208,7 +208,8 @@ def _rolled_back(config: TunerConfig, state: TunerState) -> TunerState:
 
 def _hold(config: TunerConfig, state: TunerState) -> TunerState:
     """The end of the ramp: the peak is set, and with it the rest of the run."""
-    newest = jnp.minimum(state.num_rates, config.min_estimates)
+    # A probe goes half of the way: the first third still lags behind.
+    newest = (2 * state.num_rates + 2) // 3
     optimum = jnp.exp(median(state.log_rates, newest))
     peak = jnp.where(state.num_rates > 0, optimum, state.lr)
     return state._replace(

@@ -238,7 +238,7 @@ def test_the_update_of_a_loss_that_is_not_finite_is_zero() -> None:
 
 
 def test_explore_exploit_rises_then_falls_towards_the_median() -> None:
-    config = dataclasses.replace(BASE, variant="explore_exploit", initial_lr=1e-4)
+    config = dataclasses.replace(BASE, variant="explore_exploit", initial_lr=1e-4, min_estimates=5)
     state, rates = states(config), []
     for step in range(config.total_steps):
         optimum = 0.004 if step < 120 else 0.001

@@ -160,7 +160,10 @@ def _fixed(task: Task, plan: Plan, job: Fixed) -> list[dict[str, Any]]:
 
 
 def _compared(task: Task, plan: Plan, job: Compared) -> list[dict[str, Any]]:
-    shape = rate_of("knee", COMPARATOR_PEAKS[job.label], plan.num_steps, plan.warmup_steps)
+    # Counted from 1: prodigy divides by its first rate.
+    shape = schedules.knee(
+        COMPARATOR_PEAKS[job.label], plan.num_steps, plan.warmup_steps, count_from=1
+    )
     optimizer = COMPARATORS[job.label](shape)
     as_it_says = [jnp.ones_like] * len(job.seeds)
     runs = train_side_by_side(task, optimizer, as_it_says, job.seeds, plan.num_steps)

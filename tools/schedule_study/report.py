@@ -150,7 +150,7 @@ def _tuned_rates(char: dict[str, Any]) -> str:
                 f"{statistics.fmean(run['overhead_by_time'] for run in runs):.1%}",
             ]
         )
-    header = ["rate", "highest rate: median (range)", "last probe at step"]
+    header = ["rate", "peak: median (range)", "last probe at step"]
     return _table([*header, "overhead in passes", "in time"], rows)
 
 

@@ -25,7 +25,7 @@ class TunedResult:
 
     Attributes:
         held_out_loss: At the end.
-        peak: The rate that was held.
+        peak: The rate that auto holds; the highest of the other variants.
         ramp_steps: Updates before the last probe.
         rates: float32[T], of every update.
         train_losses: float32[T].
@@ -105,9 +105,10 @@ class TunedRuns:
         jax.block_until_ready(params)
         whole_s = time.perf_counter() - started_s
         trace = np.asarray(jax.device_get(rates), np.float32)
+        is_auto = self.config.variant == "auto"
         return TunedResult(
             held_out_loss=float(jax.jit(self.task.loss)(params, self.task.held_out)),
-            peak=float(schedules.tuner_state(state).peak),
+            peak=float(schedules.tuner_state(state).peak if is_auto else trace.max()),
             ramp_steps=ramp_steps,
             rates=trace,
             train_losses=np.asarray(jax.device_get(losses), np.float32),

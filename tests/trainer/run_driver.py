@@ -105,7 +105,7 @@ class Run:
         )
         return self.process
 
-    def finish(self, timeout_s: float = 100) -> tuple[int, str]:
+    def finish(self, timeout_s: float = 300) -> tuple[int, str]:
         """Waits for the command: its exit code and what it said."""
         assert self.process is not None
         _, said = self.process.communicate(timeout=timeout_s)
@@ -156,7 +156,7 @@ class Run:
         return ledger_records(self.path / "ledger.jsonl")
 
     def wait_for(
-        self, condition: Callable[[list[dict[str, Any]]], bool], timeout_s: float = 60
+        self, condition: Callable[[list[dict[str, Any]]], bool], timeout_s: float = 240
     ) -> list[dict[str, Any]]:
         """Waits until the ledger's lines fulfil a condition."""
         deadline_s = time.monotonic() + timeout_s
@@ -171,7 +171,7 @@ class Run:
             time.sleep(0.01)
         raise AssertionError(f"nothing of the kind within {timeout_s} s: {self.records()[-3:]}")
 
-    def wait_for_step(self, step: int, timeout_s: float = 60) -> list[dict[str, Any]]:
+    def wait_for_step(self, step: int, timeout_s: float = 240) -> list[dict[str, Any]]:
         """Waits until `step` is committed."""
         return self.wait_for(
             lambda records: any(r["kind"] == "step" and r["step"] >= step for r in records),
@@ -192,7 +192,7 @@ def is_alive(pid: int) -> bool:
     return stat[stat.rindex(")") + 2] not in "ZX"
 
 
-def wait_for_death(pids: list[int], timeout_s: float = 10) -> None:
+def wait_for_death(pids: list[int], timeout_s: float = 60) -> None:
     """Fails if one of them still runs after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while alive := [pid for pid in pids if is_alive(pid)]:

@@ -97,15 +97,14 @@ def test_chain_of_processes(make_run: MakeRun, reference: Run) -> None:
     run = make_run(is_toy=False)
     run.start(1, DROPOUT)
     for processes in (4, 2, 3, 8):
-        run.wait_for_step(len(committed(run.records())) + 4, timeout_s=120)
+        run.wait_for_step(len(committed(run.records())) + 4)
         resize(run.path, processes=processes, devices=1)
         run.wait_for(
             lambda records, n=processes: (
                 records[-1].get("device_count") == n and records[-1]["kind"] == "step"
             ),
-            timeout_s=240,
         )
-    code, said = run.finish(300)
+    code, said = run.finish()
     assert code == 0, said
     records = assert_same(run, reference)
     assert kinds(records)["resize"] == 4

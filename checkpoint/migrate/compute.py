@@ -50,7 +50,7 @@ def _transformed(window: Window, source: PartSource) -> Array:
     leaf = to_leaf.to_leaf(values)
     if part.low_rank is not None:
         update = np.float32(part.low_rank.scale) * (part.low_rank.a @ part.low_rank.b)
-        leaf = (leaf.astype(np.float32) + update).astype(leaf.dtype)
+        leaf = leaf.astype(np.float32) + update  # Rounded once, to the target's dtype.
     made: Array = to_file.to_file(leaf)
     return made
 

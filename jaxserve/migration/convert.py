@@ -83,7 +83,9 @@ def plan_conversion(
     with _opened(path) as source:
         updates: Updates = {}
         if request.lora is not None:
-            raise ConfigError("--lora: adapter folders are not read yet; give merged weights")
+            from jaxserve.migration.lora import low_rank_updates
+
+            updates = low_rank_updates(request.lora, source.config)
         migration = make_migration(source, request, updates)
         if check is not None:
             migration = replace(migration, check=lambda made: check(source, made))

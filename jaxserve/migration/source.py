@@ -241,11 +241,11 @@ def _extras(
     if isinstance(tensors, GgufFile):
         return {}  # What no parameter needs is said by the config.
     used = {piece.array for piece in pieces.values()}
-    copies = model.name_table.copies
+    table = model.name_table  # Once: the model makes it anew each time.
     return {
         name: array_name(name)
         for name in tensors.names()
-        if name not in used and name not in copies and model.name_table.is_ignored(name)
+        if name not in used and name not in table.copies and table.is_ignored(name)
     }
 
 

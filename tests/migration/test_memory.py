@@ -16,8 +16,14 @@ from jaxserve.migration.request import ConversionRequest
 from tools.bench_migration import measure_conversion, write_synthetic
 
 
-@pytest.mark.parametrize("variant", ["mqa", "biases", "llama2_mha", "head_dim"])
-@pytest.mark.parametrize("to", ["orbax", "safetensors", "gguf", "back", "from_gguf"])
+@pytest.mark.parametrize(
+    ("variant", "to"),
+    [
+        pytest.param(variant, to, marks=() if variant == "mqa" else pytest.mark.long)
+        for variant in ("mqa", "biases", "llama2_mha", "head_dim")
+        for to in ("orbax", "safetensors", "gguf", "back", "from_gguf")
+    ],
+)
 def test_cut_tensors_come_to_the_same(
     variant: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

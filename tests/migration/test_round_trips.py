@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf.quants import dequantize
-from rig import TINY, VARIANTS, convert, model_files, write_tensors
+from rig import EXPERTS_APART, TINY, VARIANTS, convert, model_files, write_tensors
 from safetensors.numpy import load_file, save_file
 
+from checkpoint.errors import FormatError
 from checkpoint.param_loading import flatten
 from checkpoint.store import StoreReader
 from jaxserve.errors import JaxserveError
@@ -37,8 +38,29 @@ def same_params(first: Path, second: Path, dtype: object = jnp.float32) -> None:
         )
 
 
-@pytest.mark.parametrize("layers", ["scanned", "unscanned"])
-@pytest.mark.parametrize("variant", VARIANTS)
+FAST_ROUND_TRIPS = [("mqa", "scanned"), ("tied", "unscanned")]
+
+
+def some_fast(variants: list[str], fast: list[str]) -> list[object]:
+    """All variants; those that are not `fast` run with the long tests."""
+    return [
+        pytest.param(variant, marks=() if variant in fast else pytest.mark.long)
+        for variant in variants
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers"),
+    [
+        pytest.param(
+            *(variant, layers),
+            marks=() if (variant, layers) in FAST_ROUND_TRIPS else pytest.mark.long,
+        )
+        for variant in VARIANTS
+        for layers in ("scanned", "unscanned")
+        if variant not in EXPERTS_APART
+    ],
+)
 def test_a_folder_comes_back_byte_for_byte(variant: str, layers: str, tmp_path: Path) -> None:
     convert(TINY / variant, tmp_path / "own", "orbax", layers=layers)
     same_params(TINY / variant, tmp_path / "own")
@@ -46,7 +68,36 @@ def test_a_folder_comes_back_byte_for_byte(variant: str, layers: str, tmp_path: 
     assert model_files(tmp_path / "back") == model_files(TINY / variant)
 
 
-@pytest.mark.parametrize("variant", ["mqa", "tied", "llama3_rope_scaling"])
+@pytest.mark.parametrize("variant", EXPERTS_APART)
+@pytest.mark.parametrize("to", ["orbax", "safetensors", "gguf"])
+def test_experts_with_tensors_of_their_own_are_refused_by_name(
+    variant: str, to: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FormatError, match=r"experts.*: experts with tensors of their own are not"):
+        convert(TINY / variant, tmp_path / ("a.gguf" if to == "gguf" else "made"), to)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "family"),
+    [
+        ("falcon_7b", "falcon"),
+        ("gemma3", "gemma3"),
+        ("gpt2", "gpt2"),
+        ("phi3", "phi3"),
+        ("qwen2", "qwen2"),
+        ("qwen3", "qwen3"),
+    ],
+)
+def test_families_that_gguf_is_not_written_for_are_refused_by_name(
+    variant: str, family: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FormatError, match=f"family '{family}' cannot be written as GGUF"):
+        convert(TINY / variant, tmp_path / "a.gguf", "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variant", some_fast(["mqa", "tied", "llama3_rope_scaling"], ["mqa"]))
 def test_logits_are_those_of_transformers_before_and_after(variant: str, tmp_path: Path) -> None:
     golden = np.load(TINY / variant / "logits.npz", allow_pickle=False)
     convert(TINY / variant, tmp_path / "own", "orbax")
@@ -81,8 +132,19 @@ def test_nan_payloads_and_negative_zero_survive(tmp_path: Path) -> None:
     assert model_files(tmp_path / "back") == model_files(folder)
 
 
-@pytest.mark.parametrize("variant", ["biases", "head_dim", "tied", "llama2_mha", "mqa"])
-@pytest.mark.parametrize(("quantization", "dtype"), [("F32", "float32"), ("BF16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("variant", "quantization", "dtype"),
+    [
+        ("tied", "F32", "float32"),
+        ("mqa", "BF16", "bfloat16"),
+        *(
+            pytest.param(variant, *kind, marks=pytest.mark.long)
+            for variant in ("biases", "head_dim", "tied", "llama2_mha", "mqa")
+            for kind in (("F32", "float32"), ("BF16", "bfloat16"))
+            if (variant, kind[0]) not in (("tied", "F32"), ("mqa", "BF16"))
+        ),
+    ],
+)
 def test_through_gguf_and_ours_every_tensor_is_the_same(
     variant: str, quantization: str, dtype: str, tmp_path: Path
 ) -> None:
@@ -109,7 +171,7 @@ def test_float16_is_exact_where_it_can_be_and_refused_where_not(tmp_path: Path) 
     assert not (tmp_path / "half").exists()
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", some_fast(["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"], ["Q8_0"]))
 def test_quantised_files_hold_what_the_gguf_package_makes(kind: str, tmp_path: Path) -> None:
     convert(TINY / "mqa", tmp_path / "q.gguf", "gguf", quantization=kind)
     reader = gguf.GGUFReader(tmp_path / "q.gguf")
@@ -129,7 +191,7 @@ def test_quantised_files_hold_what_the_gguf_package_makes(kind: str, tmp_path: P
     np.testing.assert_array_equal(step.read("params/embed"), decoded)
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("kind", some_fast(["Q4_K", "Q5_K", "Q6_K"], ["Q6_K"]))
 def test_k_quants_are_read_to_the_bit(kind: str, tmp_path: Path) -> None:
     config = open_model(TINY / "mqa").config
     random = np.random.default_rng(0)

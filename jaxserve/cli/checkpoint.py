@@ -33,6 +33,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, epilog=EXIT_CODES)
 MAX_WORKERS = 64
 
 
+@app.callback()
+def checkpoint() -> None:
+    """Convert, reshard, verify, inspect, diff and list models in any format."""
+
+
 class ExitCode(IntEnum):
     """Stable: scripts rely on them."""
 

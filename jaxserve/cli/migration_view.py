@@ -18,9 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from checkpoint.migrate.run import OnProgress
-
 if TYPE_CHECKING:
+    from checkpoint.migrate.run import OnProgress
     from jaxserve.migration.convert import Conversion
     from jaxserve.migration.diff import ModelDifference
     from jaxserve.migration.verify import Verification
@@ -31,6 +30,9 @@ MAX_SHOWN = 40
 @contextlib.contextmanager
 def progress_bar(conversion: Conversion, *, quiet: bool) -> Iterator[OnProgress]:
     """A bar on standard error with rate and time to go, over the target's bytes."""
+    # Imported late: it loads jax.
+    from checkpoint.migrate.run import OnProgress
+
     if quiet:
         yield OnProgress()
         return

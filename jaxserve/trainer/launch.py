@@ -95,6 +95,15 @@ def set_up_jax(place: Place) -> None:
             process_id=place.rank,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
+        _connect_all()
+
+
+def _connect_all() -> None:
+    """Has all processes connect now, while they are abreast: Gloo gives them 30 s, and they
+    compile the first step at very different speeds, since only one of them keeps a cache."""
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("connect")
 
 
 def xla_flags() -> list[str]:

@@ -18,7 +18,8 @@ from tests.trainer.independent_reader import committed, kinds, last_checkpoint, 
 from tests.trainer.run_driver import Run, is_alive, send, wait_for_death
 from tests.trainer.test_supervisor import EXIT_PREEMPTED, assert_same
 
-TOTAL_STEPS = 40
+TOTAL_STEPS = 160
+"""Enough for faults to hit: a step takes 30 ms, and a test notices it some steps later."""
 DROPOUT = "numerics.dropout=0.1"
 
 
@@ -57,7 +58,7 @@ def stopped(run: Run) -> None:
 
 
 def test_kill_and_resume_on_other_processes(make_run: MakeRun, reference: Run) -> None:
-    run = make_run(is_toy=False)
+    run = make_run(total_steps=TOTAL_STEPS, is_toy=False)
     run.start(2, DROPOUT)
     killed(run, 8, rank=1)
     run.wait_for(lambda records: kinds(records)["generation"] == 2)
@@ -72,7 +73,7 @@ def test_kill_and_resume_on_other_processes(make_run: MakeRun, reference: Run) -
 
 @pytest.mark.long
 def test_chain_of_virtual_devices(make_run: MakeRun, reference: Run) -> None:
-    run = make_run(is_toy=False)
+    run = make_run(total_steps=TOTAL_STEPS, is_toy=False)
     for devices, end in ((8, "kill"), (4, "stop"), (2, "kill"), (5, "stop"), (7, "kill")):
         run.start(1, DROPOUT, devices=devices)
         done = len(committed(run.records()))
@@ -94,7 +95,7 @@ def test_chain_of_virtual_devices(make_run: MakeRun, reference: Run) -> None:
 def test_chain_of_processes(make_run: MakeRun, reference: Run) -> None:
     from jaxserve.cli.train import resize
 
-    run = make_run(is_toy=False)
+    run = make_run(total_steps=TOTAL_STEPS, is_toy=False)
     run.start(1, DROPOUT)
     for processes in (4, 2, 3, 8):
         run.wait_for_step(len(committed(run.records())) + 4)
@@ -115,7 +116,7 @@ def test_chain_of_processes(make_run: MakeRun, reference: Run) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("phase", ["start", "compilation", "evaluation", "save", "twice"])
 def test_sigterm_in_every_phase(make_run: MakeRun, reference: Run, phase: str) -> None:
-    run = make_run(is_toy=False, extra="[evaluation]\nevery = 3\n")
+    run = make_run(total_steps=TOTAL_STEPS, is_toy=False, extra="[evaluation]\nevery = 3\n")
     process = run.start(2, DROPOUT, "durability.checkpoint_every=2")
     if phase == "start":
         run.wait_for(lambda records: len(records) > 0)
@@ -140,7 +141,7 @@ def test_sigterm_in_every_phase(make_run: MakeRun, reference: Run, phase: str) -
 
 @pytest.mark.long
 def test_grace_that_is_too_short(make_run: MakeRun, reference: Run) -> None:
-    run = make_run(is_toy=False)
+    run = make_run(total_steps=TOTAL_STEPS, is_toy=False)
     process = run.start(2, DROPOUT, "durability.checkpoint_every=2")
     run.wait_for_step(6)
     process.send_signal(signal.SIGTERM)
@@ -157,33 +158,34 @@ def test_twenty_random_kills(make_run: MakeRun, reference: Run) -> None:
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")
     choice = random.Random(seed)
-    run = make_run(is_toy=False)
+    run = make_run(total_steps=TOTAL_STEPS, is_toy=False)
     num_hit = 0
     for _ in range(20):
         run.start(choice.choice((1, 2, 3)), DROPOUT, "durability.checkpoint_every=3")
         assert run.process is not None
         records = run.records()
-        generations = kinds(records)["generation"]
+        generations, done = kinds(records)["generation"], len(committed(records))
         run.wait_for(lambda records, n=generations: kinds(records)["generation"] > n)
-        deadline_s = time.monotonic() + choice.uniform(0.5, 7)
-        while time.monotonic() < deadline_s and run.process.poll() is None:
-            time.sleep(0.05)
-        if run.process.poll() is not None:
-            break
-        if choice.random() < 0.6:
-            victims = [pid for pid in run.trainer_pids() if is_alive(pid)]
-            if victims:
-                victim = choice.choice(victims)
-                send(victim, signal.SIGKILL)
-                wait_for_death([victim])
-                num_hit += 1
-                time.sleep(choice.uniform(0.5, 5))
+        if choice.random() < 0.5:  # While it starts, or soon after.
+            time.sleep(choice.uniform(0, 4))
+        else:
+            run.wait_for_step(min(done + choice.randint(0, 8), TOTAL_STEPS - 1))
+        victims = [pid for pid in run.trainer_pids() if is_alive(pid)]
+        if choice.random() < 0.6 and victims:
+            victim = choice.choice(victims)
+            os.kill(victim, signal.SIGKILL)
+            wait_for_death([victim])
+            num_hit += 1
+            time.sleep(choice.uniform(0, 3))
         pids = run.trainer_pids()
         if run.process.poll() is None:
             run.kill(signal.SIGKILL)
             num_hit += 1
-        run.finish()
+        code, said = run.finish()
         wait_for_death(pids)
+        if code != -signal.SIGKILL:
+            assert code == 0, said
+            break
     run.train(2, DROPOUT)
     records = assert_same(run, reference)
     assert num_hit >= 10

@@ -128,12 +128,6 @@ def last_logits(model: ModelSource, prompts: Sequence[Sequence[int]]) -> list[np
     return rows
 
 
-def _log_softmax(row: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    shifted = row.astype(np.float64) - row.max()
-    log_p: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return log_p
-
-
 def _prompt_ids(source: SourceModel, prompts: Sequence[str]) -> list[list[int]]:
     tokenizer = source.load_tokenizer()
     limit = source.config.max_position_embeddings

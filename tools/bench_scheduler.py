@@ -1,5 +1,9 @@
 """Host cost of the scheduler: plan + commit of decode-only steps, in ms of CPU time.
 
+Beside it the time of a *bare step*: a loop that only calls a function for each
+sequence, which makes a tuple and keeps it. No step in Python can do with less,
+so the ratio says what the scheduler adds, whatever the core is worth just now.
+
 Usage: python tools/bench_scheduler.py [--num-seqs 64 256] [--num-steps 400] [--json]
 """
 
@@ -90,6 +94,22 @@ def measure_decode_steps(num_seqs: int, num_steps: int) -> list[float]:
     return seconds
 
 
+def measure_bare_steps(num_seqs: int, num_steps: int) -> list[float]:
+    """CPU seconds of the bare step, once for each of `num_steps`."""
+    seconds = []
+    for _ in range(num_steps):
+        kept: list[tuple[int, int]] = []
+        start_s = time.thread_time()
+        for index in range(num_seqs):
+            _keep(index, kept)
+        seconds.append(time.thread_time() - start_s)
+    return seconds
+
+
+def _keep(index: int, kept: list[tuple[int, int]]) -> None:
+    kept.append((index, index))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[64, 256])
@@ -98,11 +118,14 @@ def main() -> None:
     options = parser.parse_args()
     report = {}
     for num_seqs in options.num_seqs:
+        bare_ms = statistics.median(measure_bare_steps(num_seqs, options.num_steps)) * 1e3
         times_ms = sorted(s * 1e3 for s in measure_decode_steps(num_seqs, options.num_steps))
         report[str(num_seqs)] = {
             "mean_ms": round(statistics.fmean(times_ms), 4),
             "p50_ms": round(statistics.median(times_ms), 4),
             "p99_ms": round(times_ms[int(0.99 * (len(times_ms) - 1))], 4),
+            "bare_step_ms": round(bare_ms, 4),
+            "p50_in_bare_steps": round(statistics.median(times_ms) / bare_ms, 1),
             "num_steps": len(times_ms),
         }
     if options.json:

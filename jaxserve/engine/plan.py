@@ -11,8 +11,9 @@ padding up to `num_rows_bucket`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,10 @@ class Chunk(NamedTuple):
     @property
     def num_sample_rows(self) -> int:
         return len(self.logprob_targets) + int(self.samples)
+
+
+chunk_from: Callable[[tuple[object, ...]], Chunk] = partial(tuple.__new__, Chunk)
+"""A chunk from all of its fields, in order; half the cost of `Chunk(...)`."""
 
 
 @dataclass(frozen=True, slots=True)

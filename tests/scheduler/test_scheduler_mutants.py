@@ -212,8 +212,8 @@ MUTANTS = [
         "S5 device",
         Edit(
             SCHEDULER,
-            "(chunk.start + chunk.num_tokens) // self",
-            "min(chunk.start + chunk.num_tokens + 1, request.num_tokens) // self",
+            "(start + num_tokens) // self",
+            "min(start + num_tokens + 1, request.num_tokens) // self",
         ),
     ),
     mutant(

@@ -22,11 +22,21 @@ def find_cached_pages(state: SchedulerState, request: Request) -> list[int]:
 
 def extend_page_keys(request: Request, num_pages: int, page_size: int) -> None:
     """Makes sure that `request.page_keys` covers its first `num_pages` full pages."""
+    for index in range(len(request.page_keys), num_pages):
+        start = index * page_size
+        page_key_at(request, index, request.known_token_ids(start, start + page_size))
+
+
+def page_key_at(request: Request, index: int, token_ids: tuple[int, ...]) -> bytes:
+    """Key of the request's full page `index`, which holds `token_ids`.
+
+    Keys are a chain: those of all pages before it must have been asked for.
+    """
     keys = request.page_keys
-    while len(keys) < num_pages:
+    if index == len(keys):
         parent = keys[-1] if keys else root_key(request.generation.cache_salt)
-        start = len(keys) * page_size
-        keys.append(page_key(parent, request.known_token_ids(start, start + page_size)))
+        keys.append(page_key(parent, token_ids))
+    return keys[index]
 
 
 def num_granted_pages(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan, chunk_from
 from jaxserve.engine.request import Request
 from jaxserve.engine.scheduler.admission import (
     find_cached_pages,
@@ -119,20 +119,19 @@ class StepDraft:
                 ready.remove(victim)
                 num_pages -= self._needs_page(victim)
             self._preempt(victim)
-        for request in ready:
-            self._add_decode(request)
+        self._add_ready(ready)
         self._room.take_decodes(len(ready))
         return True
 
     def partial_prefills(self) -> list[Request]:
         """Running requests with an unfinished prefill that may go on, oldest
         first within a class."""
-        return _by_class(
+        unfinished = [
             request
             for request in self._state.running.values()
             if request.num_computed_tokens < request.num_prefill_tokens
-            and self._may_follow(request)
-        )
+        ]
+        return _by_class(filter(self._may_follow, unfinished))
 
     def add_prefill(self, request: Request) -> bool:
         """The next chunk of a running request, as long as there is room.
@@ -170,7 +169,7 @@ class StepDraft:
             if victim is request:
                 return False
         if is_decode:
-            self._add_decode(request)
+            self._add_ready([request])
             self._room.take_decodes(1)
             return True
         new_pages = self._state.pages.allocate(num_new_pages) if num_new_pages > 0 else []
@@ -273,20 +272,26 @@ class StepDraft:
             return True
         return start + num_tokens == request.num_prefill_tokens
 
-    def _add_decode(self, request: Request) -> None:
-        position = request.num_computed_tokens
-        new_pages: tuple[int, ...] = ()
-        if position == len(request.page_ids) * self._config.page_size:
-            new_pages = tuple(self._state.pages.allocate(1))
-            request.page_ids.extend(new_pages)
-        assert request.slot is not None
-        self._decodes.append(
-            Chunk(request.request_id, request.slot, position, 1, (), True, new_pages)
-        )
-        self._decode_requests.append(request)
-        request.num_computed_tokens = position + 1
-        request.num_pending_tokens += 1
-        request.num_in_flight_steps += 1
+    def _add_ready(self, requests: Sequence[Request]) -> None:
+        """Their next decodes, with the pages that those need. The pages are there.
+
+        One loop without calls: it runs for every sequence in every step.
+        """
+        page_size, add_chunk = self._config.page_size, self._decodes.append
+        no_pages: tuple[int, ...] = ()
+        for request in requests:
+            position = request.num_computed_tokens
+            new_pages = no_pages
+            if position == len(request.page_ids) * page_size:
+                new_pages = tuple(self._state.pages.allocate(1))
+                request.page_ids.extend(new_pages)
+            add_chunk(
+                chunk_from((request.request_id, request.slot, position, 1, (), True, new_pages, ()))
+            )
+            request.num_computed_tokens = position + 1
+            request.num_pending_tokens += 1
+            request.num_in_flight_steps += 1
+        self._decode_requests.extend(requests)
 
     def _make_prefill_limit(self) -> PrefillLimit:
         return self._budget.prefill_limit(

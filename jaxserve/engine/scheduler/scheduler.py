@@ -17,8 +17,14 @@ from typing import NamedTuple
 
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import Chunk, StepPlan, StepResults
-from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, TokenUpdate
-from jaxserve.engine.scheduler.admission import extend_page_keys
+from jaxserve.engine.request import (
+    FinishReason,
+    Request,
+    TokenLogprobs,
+    TokenUpdate,
+    update_from,
+)
+from jaxserve.engine.scheduler.admission import page_key_at
 from jaxserve.engine.scheduler.budget import StepBudget, TokenBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.draft import StepDraft
@@ -63,6 +69,7 @@ class Scheduler:
         budget: StepBudget | None = None,
     ) -> None:
         self.config = config
+        self._page_size = config.page_size
         self.policy = policy or make_policy(config.policy)
         self._rules = self.policy.rules
         self._max_step_rows = self.policy.check(config)
@@ -175,17 +182,16 @@ class Scheduler:
         self._last_commit_s = now_s
         self._in_flight.popleft()
         reader = ResultReader(results)
-        updates = []
+        row, updates = 0, []
         for request, chunk in zip(requests, plan.chunks, strict=True):
             request.num_in_flight_steps -= 1
             if request.finish_reason is None:
-                update = self._commit_chunk(request, chunk, reader, now_s)
+                update = self._commit_chunk(request, chunk, reader, row, now_s)
                 if update is not None:
                     updates.append(update)
-            else:
-                reader.skip(chunk)
-                if not request.num_in_flight_steps:
-                    self._state.release(request)
+            elif not request.num_in_flight_steps:
+                self._state.release(request)
+            row += len(chunk.logprob_targets) + chunk.samples
         self.policy.committed(plan, step_s)
         return updates
 
@@ -222,28 +228,32 @@ class Scheduler:
         return max(self._in_flight[0].planned_s, self._last_commit_s)
 
     def _commit_chunk(
-        self, request: Request, chunk: Chunk, reader: ResultReader, now_s: float
+        self, request: Request, chunk: Chunk, reader: ResultReader, row: int, now_s: float
     ) -> TokenUpdate | None:
-        if reader.has_no_token(chunk):
-            reader.skip(chunk)
+        """What a chunk, whose rows begin at `row`, gave. Runs for every sequence
+        in every step, so that the usual case makes no call."""
+        _, _, start, num_tokens, _, samples, _, targets = chunk
+        if reader.lacks_tokens and reader.lacks_token(row, len(targets) + samples):
             self.finish(request.request_id, FinishReason.ERROR)
             return TokenUpdate(request, (), (), (), FinishReason.ERROR)
-        num_full_pages = (chunk.start + chunk.num_tokens) // self.config.page_size
+        num_full_pages = (start + num_tokens) // self._page_size
         if num_full_pages > request.num_registered_pages:
             self._register_pages(request, num_full_pages)
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        if chunk.logprob_targets:
-            prompt_logprobs = read_prompt_logprobs(reader, request, chunk)
-        if not chunk.samples:
-            if not prompt_logprobs:
-                return None
-            return TokenUpdate(request, (), (), prompt_logprobs, None)
-        token_id = reader.next_token()
-        num_top = request.generation.sampling.logprobs
-        logprobs = () if num_top is None else (reader.logprobs(num_top),)
-        request.output_token_ids.append(token_id)
+        if targets:
+            prompt_logprobs = read_prompt_logprobs(reader, request, chunk, row)
+            row += len(targets)
+        if not samples:
+            return TokenUpdate(request, (), (), prompt_logprobs, None) if targets else None
+        token_id = reader.token_ids[row]
+        output = request.output_token_ids
+        output.append(token_id)
         request.num_pending_tokens -= 1
         request.last_token_s = now_s
+        num_top = request.generation.sampling.logprobs
+        logprobs = () if num_top is None else (reader.logprobs(row, num_top),)
+        if token_id not in request.stop_token_ids and len(output) < request.max_tokens:
+            return update_from((request, (token_id,), logprobs, prompt_logprobs, None, None))
         reason = finish_reason_after(request, token_id)
         if reason is not None:
             self.finish(request.request_id, reason)
@@ -253,12 +263,9 @@ class Scheduler:
     def _register_pages(self, request: Request, num_pages: int) -> None:
         """Offers pages that this commit completed to the prefix cache."""
         if self.config.prefix_caching:
-            size = self.config.page_size
-            extend_page_keys(request, num_pages, size)
+            size = self._page_size
             for index in range(request.num_registered_pages, num_pages):
-                self._state.pages.register(
-                    request.page_ids[index],
-                    request.page_keys[index],
-                    request.known_token_ids(index * size, (index + 1) * size),
-                )
+                token_ids = request.known_token_ids(index * size, (index + 1) * size)
+                key = page_key_at(request, index, token_ids)
+                self._state.pages.register(request.page_ids[index], key, token_ids)
         request.num_registered_pages = num_pages

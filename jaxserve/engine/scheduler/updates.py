@@ -7,7 +7,7 @@ from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
 
 
 class ResultReader:
-    """Walks the rows of `StepResults` in the order of the plan's chunks.
+    """The rows of `StepResults` as Python values, in the order of the plan's chunks.
 
     Arrays become lists once for the whole step; those of logprobs only when a
     request wants some.
@@ -15,31 +15,20 @@ class ResultReader:
 
     def __init__(self, results: StepResults) -> None:
         self._results = results
-        self._token_ids: list[int] = results.token_ids.tolist()
-        self._lacks_tokens = NO_TOKEN in self._token_ids
-        self._row = 0
+        self.token_ids: list[int] = results.token_ids.tolist()
+        self.lacks_tokens = NO_TOKEN in self.token_ids
 
-    def has_no_token(self, chunk: Chunk) -> bool:
-        """Whether a row of the chunk, which comes next, had no finite logits."""
-        end = self._row + len(chunk.logprob_targets) + chunk.samples
-        return self._lacks_tokens and NO_TOKEN in self._token_ids[self._row : end]
+    def lacks_token(self, row: int, num_rows: int) -> bool:
+        """Whether one of the rows from `row` on had no finite logits."""
+        return self.lacks_tokens and NO_TOKEN in self.token_ids[row : row + num_rows]
 
-    def skip(self, chunk: Chunk) -> None:
-        self._row += len(chunk.logprob_targets) + chunk.samples
-
-    def next_token(self) -> int:
-        """Moves on to the next row; its token."""
-        row = self._row
-        self._row = row + 1
-        return self._token_ids[row]
-
-    def logprobs(self, num_top: int) -> TokenLogprobs:
-        """Logprobs of the token just read, with the `num_top` most likely ones."""
-        row, results = self._row - 1, self._results
+    def logprobs(self, row: int, num_top: int) -> TokenLogprobs:
+        """Logprobs of a row's token, with the `num_top` most likely ones."""
+        results = self._results
         top_ids: list[int] = results.top_ids[row, :num_top].tolist()
         top_logprobs: list[float] = results.top_logprobs[row, :num_top].tolist()
         return TokenLogprobs(
-            token_id=self._token_ids[row],
+            token_id=self.token_ids[row],
             logprob=float(results.logprobs[row]),
             rank=int(results.ranks[row]),
             top=tuple(zip(top_ids, top_logprobs, strict=True)),
@@ -47,15 +36,11 @@ class ResultReader:
 
 
 def read_prompt_logprobs(
-    reader: ResultReader, request: Request, chunk: Chunk
+    reader: ResultReader, request: Request, chunk: Chunk, row: int
 ) -> tuple[TokenLogprobs, ...]:
-    """Logprobs of the chunk's `logprob_targets`."""
+    """Logprobs of the chunk's `logprob_targets`; its rows begin at `row`."""
     num_top = request.sampling.prompt_logprobs or 0
-    entries = []
-    for _ in chunk.logprob_targets:
-        reader.next_token()
-        entries.append(reader.logprobs(num_top))
-    return tuple(entries)
+    return tuple(reader.logprobs(row + i, num_top) for i in range(len(chunk.logprob_targets)))
 
 
 def finish_reason_after(request: Request, token_id: int) -> FinishReason | None:

@@ -33,11 +33,14 @@ $(STAMP): $(UV) requirements/dev.txt pyproject.toml
 demo: $(STAMP) ## Serve the default model, stream an answer over gRPC, print TTFT and TPOT
 	$(BIN)/python tools/demo.py
 
+# A file's tests stay together: many share a fixture that is dear to make.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: lint typecheck ## Lint, types and the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: $(STAMP) ## The tests that take minutes
-	$(BIN)/python -m pytest -m long --timeout 900
+	$(PYTEST) -m long --timeout 900
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

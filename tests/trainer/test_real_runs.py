@@ -57,6 +57,7 @@ def stopped(run: Run) -> None:
     assert last_checkpoint(run.path) == len(committed(run.checked()))
 
 
+@pytest.mark.long
 def test_kill_and_resume_on_other_processes(make_run: MakeRun, reference: Run) -> None:
     run = make_run(total_steps=TOTAL_STEPS, is_toy=False)
     run.start(2, DROPOUT)

@@ -24,7 +24,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.long
 def test_processes_make_the_bits_of_one(tmp_path: Path, compilation_cache: Path) -> None:
     out = tmp_path / "state"
     environment = {

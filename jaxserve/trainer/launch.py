@@ -84,7 +84,11 @@ def set_up_jax(place: Place) -> None:
 
     from jaxserve.engine.compilation import use_compilation_cache
 
-    use_compilation_cache(Path(place.compilation_cache_dir))
+    # JAX writes entries in place, and programs of several processes have the same keys.
+    programs = Path(place.compilation_cache_dir)
+    use_compilation_cache(programs)
+    if place.rank:
+        use_compilation_cache(programs / f"rank-{place.rank}")
     jax.config.update("jax_num_cpu_devices", place.devices_per_process)
     # Its handler of SIGTERM would replace ours, and stops ranks only between steps.
     jax.config.update("jax_enable_preemption_service", False)
@@ -95,12 +99,23 @@ def set_up_jax(place: Place) -> None:
             process_id=place.rank,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
+        _have_all_keep_programs()
         _connect_all()
 
 
+def _have_all_keep_programs() -> None:
+    """JAX lets process 0 alone write its cache. A program's key has the number of its device,
+    so all others would compile everything again at each recovery."""
+    import jax
+    from jax._src import distributed
+
+    jax.devices()  # The client is made, and knows its process; nothing but the cache asks now.
+    distributed.global_state.process_id = 0
+
+
 def _connect_all() -> None:
-    """Has all processes connect now, while they are abreast: Gloo gives them 30 s, and they
-    compile the first step at very different speeds, since only one of them keeps a cache."""
+    """Has all processes connect now, while they are abreast: Gloo gives them 30 s, and the
+    first step compiles at different speeds."""
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices("connect")

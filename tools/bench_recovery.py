@@ -5,8 +5,9 @@
 
 `kills` kills one trainer after the other with SIGKILL and measures, from the ledger's time
 stamps, how long it takes until the next step is committed. `overhead` trains with a snapshot,
-a digest and a ledger line at every step and without (one at the end), alternating, and compares
-the time of a step. Both need cores that nobody else uses.
+its digest and a ledger line at every step (and digests of the parameters in every tenth line) and
+without (one snapshot at the end), alternating, and compares the time of a step. Both need cores
+that nobody else uses.
 """
 
 from __future__ import annotations
@@ -107,13 +108,15 @@ def measure_overhead(
     """Trains with and without, alternating."""
     step_ms: dict[str, list[float]] = {"off": [], "on": []}
     every = {"off": NEVER, "on": 1}
+    digest_every = {"off": 0, "on": 10}
     for number in range(num_runs):
         for kind in ("off", "on") if number % 2 == 0 else ("on", "off"):
             run = folder / f"{kind}-{number}"
             process = _start(
                 config, run,
                 [f"durability.snapshot_every={every[kind]}", f"total_steps={num_steps}",
-                 f"durability.checkpoint_every={NEVER}", "logging.plot=false", *settings],
+                 f"durability.checkpoint_every={NEVER}", "logging.plot=false",
+                 f"logging.params_digest_every={digest_every[kind]}", *settings],
             )  # fmt: skip
             if process.wait(timeout=600) != 0:
                 raise SystemExit(f"the run failed; see {run}")

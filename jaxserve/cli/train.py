@@ -111,13 +111,18 @@ def run(
     from jaxserve.trainer.run_start import StartOptions, train
     from jaxserve.trainer.view import TerminalView
 
+    flops_per_token = None
+    if config.logging.peak_flops is not None:
+        from jaxserve.trainer.dry_run import plan_of
+
+        flops_per_token = plan_of(config)["flops_per_token"]
     options = StartOptions(
         restart_from_scratch=allow_restart_from_scratch,
         numerics_change=allow_numerics_change,
         take_over=take_over,
         force=force,
     )
-    with TerminalView(config.total_steps, None, config.logging.peak_flops) as view:
+    with TerminalView(config.total_steps, flops_per_token, config.logging.peak_flops) as view:
         code = train(config, options, view)
     raise typer.Exit(code)
 

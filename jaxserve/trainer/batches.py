@@ -1,14 +1,19 @@
-"""A step's examples as a process needs them, read one step ahead."""
+"""A step's examples as a process needs them, read ahead by Grain.
+
+The order is our own arithmetic (sampler and number of the example); Grain gives the threads and
+hands batches out in order. Nothing is kept between runs: a stream that starts at an example yields
+what any other stream yields from there on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+import grain
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +24,8 @@ from jaxserve.trainer.shard_gradient import pack_rows
 from jaxserve.trainer.world import LogicalWorld
 
 Int64Array = npt.NDArray[np.int64]
+NUM_BATCHES_AHEAD = 2
+_ENDLESS = 1 << 40
 
 
 class Dataset(Protocol):
@@ -65,11 +72,11 @@ class Batch:
 
 
 class BatchReader:
-    """Reads batches by the number of their first example; the next one while a step runs.
+    """Reads batches by the number of their first example; the next ones while a step runs.
 
     Args:
         world: sizes.
-        dataset: what is read.
+        dataset: what is read; from a thread of the reader's, too.
         sampler: order of the examples.
         leaves: micro-batches of a batch that this process computes.
 
@@ -92,26 +99,36 @@ class BatchReader:
         self._world = world
         self._dataset = dataset
         self._sampler = sampler
-        self._leaves = tuple(leaves)
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-reader")
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self.leaves = tuple(leaves)
+        self._stream: Any = None
+        self._next_index = -1
 
-    def read(self, first_index: int, next_index: int | None = None) -> Batch:
-        """The batch from example `first_index` on.
+    @property
+    def batch_size(self) -> int:
+        """Examples of a batch, over all processes."""
+        return self._world.global_batch_size
 
-        Args:
-            first_index: number of its first example among all of the run.
-            next_index: that of the batch to begin reading now, for the next call.
+    def read(self, first_index: int) -> Batch:
+        """The batch from example `first_index` (among all of the run) on; the following ones are
+        read meanwhile.
+
+        An error while reading ahead is raised when its batch is due.
         """
         started = time.monotonic()
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == first_index:
-            batch = ahead[1].result()
-        else:
-            batch = self._read(first_index)
-        if next_index is not None:
-            self._ahead = (next_index, self._reader.submit(self._read, next_index))
-        return Batch(batch.ids, batch.num_tokens, batch.packed, time.monotonic() - started)
+        if self._stream is None or first_index != self._next_index:
+            self.close()
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=NUM_BATCHES_AHEAD)
+            batches = grain.MapDataset.source(_BatchSource(self, first_index))
+            self._stream = iter(batches.to_iter_dataset(options))
+        batch: Batch = next(self._stream)
+        self._next_index = first_index + self.batch_size
+        return replace(batch, wait_s=time.monotonic() - started)
+
+    def read_once(self, first_index: int) -> Batch:
+        """The same without reading ahead."""
+        ids = self._sampler.ids_of(first_index, self.batch_size)
+        num_tokens = int(self._dataset.target_counts(ids).sum(dtype=np.int64))
+        return Batch(ids, num_tokens, {leaf: self._leaf(ids, leaf) for leaf in self.leaves}, 0.0)
 
     def read_leaf(self, batch: Batch, leaf: int) -> npt.NDArray[np.int32]:
         """Rows of any leaf of a batch, also of another process's."""
@@ -121,15 +138,26 @@ class BatchReader:
 
     def close(self) -> None:
         """Ends the reading thread."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
-
-    def _read(self, first_index: int) -> Batch:
-        ids = self._sampler.ids_of(first_index, self._world.global_batch_size)
-        num_tokens = int(self._dataset.target_counts(ids).sum(dtype=np.int64))
-        packed = {leaf: self._leaf(ids, leaf) for leaf in self._leaves}
-        return Batch(ids, num_tokens, packed, 0.0)
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def _leaf(self, ids: Int64Array, leaf: int) -> npt.NDArray[np.int32]:
         size = self._world.micro_batch_size
         own = ids[leaf * size : (leaf + 1) * size]
         return pack_rows(self._dataset.read(own), own)
+
+
+class _BatchSource:
+    """Batches from an example on, as the random-access source that Grain expects."""
+
+    def __init__(self, reader: BatchReader, first_index: int) -> None:
+        self._reader = reader
+        self._first_index = first_index
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, number: int) -> Batch:
+        size = self._reader.batch_size
+        return self._reader.read_once(self._first_index + number * size)

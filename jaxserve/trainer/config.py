@@ -164,17 +164,26 @@ class SupervisionSection:
         drain_timeout_s: how long a graceful end may take before trainers are killed and the
             newest snapshot counts.
         max_failures: generations in a row that may fail without a committed step.
+        rebalance_gain: when one process is slower than the others, logical shards are shared anew
+            if that would make steps so many times faster; None: never. Mode "exact" only.
+        rebalance_after_s: for how long it must have been so: about 10 times what a restart costs.
     """
 
     watchdog_s: float = 60.0
     start_timeout_s: float = 1800.0
     drain_timeout_s: float = 60.0
     max_failures: int = 5
+    rebalance_gain: float | None = 1.5
+    rebalance_after_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("watchdog_s", "start_timeout_s", "drain_timeout_s"):
+        for name in ("watchdog_s", "start_timeout_s", "drain_timeout_s", "rebalance_after_s"):
             if getattr(self, name) <= 0:
                 raise TrainConfigError(f"supervision.{name} must be above 0")
+        if self.rebalance_gain is not None and not self.rebalance_gain > 1:
+            raise TrainConfigError(
+                f"supervision.rebalance_gain is {self.rebalance_gain}; it must be above 1"
+            )
         _at_least("supervision.max_failures", self.max_failures, 1)
 
 
@@ -203,11 +212,21 @@ class LoggingSection:
         plot: draw `plot.png` at the end; needs matplotlib.
         peak_flops: floating-point operations a second of all devices together, for the MFU
             estimate; None: no estimate.
+        params_digest_every: steps between two lines of the ledger that have a digest of the
+            parameters; 0: none has.
     """
 
     tensorboard: bool = False
     plot: bool = True
     peak_flops: float | None = None
+    params_digest_every: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least("logging.params_digest_every", self.params_digest_every, 0)
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise TrainConfigError(
+                f"logging.peak_flops is {self.peak_flops}; it must be above 0, or be left out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +288,7 @@ class TrainConfig:
             dropout=numerics.dropout,
             remat=numerics.remat,
             replay_every=numerics.replay_every,
+            digest_every=self.logging.params_digest_every,
         )
 
     def cadence(self, state_bytes: int) -> Cadence:

@@ -48,6 +48,7 @@ def plan_of(config: TrainConfig) -> dict[str, Any]:
         "run_dir": config.run_dir,
         "parameters": num_model,
         "trained_parameters": flat.num_values,
+        "flops_per_token": _flops_per_token(num_model, flat.num_values, is_lora=lora is not None),
         "steps": config.total_steps,
         "tokens_per_step": tokens_per_step,
         "tokens": config.total_steps * tokens_per_step,
@@ -85,6 +86,12 @@ def plan_text(plan: dict[str, Any]) -> str:
         "this machine": f"{available:,.0f} MiB of memory are free",
     }
     return "\n".join(f"{name:14} {value}" for name, value in lines.items())
+
+
+def _flops_per_token(num_model: int, num_trained: int, *, is_lora: bool) -> int:
+    """Two a parameter for each of forward pass, gradients of activations and gradients of
+    parameters (Kaplan et al. 2020, section 2.1), without attention's products."""
+    return 4 * num_model + 6 * num_trained if is_lora else 6 * num_model
 
 
 def _num_parameters(tree: Any) -> int:

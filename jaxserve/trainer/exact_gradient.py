@@ -39,13 +39,15 @@ class ExactGradient:
         self._spec = spec
         self._exchange = exchange
         self._read_leaf = read_leaf
+        self.on_exchange: Callable[[], None] | None = None
+        """Called when the local sums are there, before those of others are waited for."""
 
     def __call__(
         self, params: Sequence[Tree], base: Sequence[Tree | None], batch: Batch, step: int
     ) -> Gradients:
-        """Chunks and losses; waits for nothing."""
+        """Chunks and losses; waits for nothing unless `on_exchange` is set."""
         sums, losses, _ = self._sums(params, base, batch, step, with_digests=False)
-        return self._exchange.reduce(sums, losses)
+        return self._reduce(sums, losses)
 
     def checked(
         self, params: Sequence[Tree], base: Sequence[Tree | None], batch: Batch, step: int
@@ -66,7 +68,7 @@ class ExactGradient:
 
             fault = find_fault(self._exchange, digests, recompute)
             if fault is None:
-                return self._exchange.reduce(sums, losses), found
+                return self._reduce(sums, losses), found
             found = fault
         raise DeviceFault(
             f"step {step}: {found} computes other gradients than the other devices, twice in a "
@@ -90,6 +92,14 @@ class ExactGradient:
             ]
             maxima.append([_largest(vector) for vector, _ in own])
         return np.asarray(exchange.gather_leaves(maxima)[0])[:, 0]
+
+    def _reduce(
+        self, sums: Sequence[TreeSum[jax.Array]], losses: Sequence[Sequence[jax.Array]]
+    ) -> Gradients:
+        if self.on_exchange is not None:
+            jax.block_until_ready([vector for own in sums for _, vector in own.parts])
+            self.on_exchange()
+        return self._exchange.reduce(sums, losses)
 
     def _sums(
         self,

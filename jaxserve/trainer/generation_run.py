@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxserve.trainer.balance import Balance
 from jaxserve.trainer.cadence import Cadence
 from jaxserve.trainer.commit import CommitTracker
 from jaxserve.trainer.control import Message
@@ -71,6 +72,7 @@ class GenerationRun:
         generation: Generation,
         base: Base,
         check_numerics: Callable[[dict[str, Any]], None],
+        balance: Balance | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +81,7 @@ class GenerationRun:
             base: what it starts from.
             check_numerics: raises RunError when the trainers would compute other bits than the
                 run's earlier ones.
+            balance: notices slow trainers; None: nobody does.
         """
         self.layout = base.layout
         self.committed = base.step
@@ -86,6 +89,7 @@ class GenerationRun:
         self._generation = generation
         self._base = base
         self._check_numerics = check_numerics
+        self._balance = balance
         self._cadence: Cadence | None = None
         self._tracker: CommitTracker | None = None
         self._hellos: dict[int, Message] = {}
@@ -234,6 +238,15 @@ class GenerationRun:
             self._services.quarantined_ids.update(record["suspect_ids"])
             return
         self._generation.tell(self._permits())
+        self._rebalance(now_s)
+
+    def _rebalance(self, now_s: float) -> None:
+        if self._balance is None or self._services.request is not None:
+            return
+        computed_s = [status.computed_s for status in self._generation.statuses()]
+        speeds = self._balance.step(computed_s, now_s)
+        if speeds is not None:
+            self._services.request = StopRequest("rebalance", speeds=speeds)
 
     def _on_snapshot(self, rank: int, message: Message) -> None:
         assert self._tracker is not None

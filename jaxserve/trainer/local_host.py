@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.trainer.balance import Speeds
 from jaxserve.trainer.config import PlacementSection
 from jaxserve.trainer.fork_server import ForkServer
 from jaxserve.trainer.generation import Generation
@@ -38,8 +39,8 @@ class LocalHost:
         self._trainer = trainer
         self._server = self._start_server()
 
-    def start(self, number: int, placement: PlacementSection) -> Generation:
-        """Forks generation `number`.
+    def start(self, number: int, placement: PlacementSection, speeds: Speeds | None) -> Generation:
+        """Forks generation `number`, whose processes share the work by their speeds.
 
         Raises:
             RunError: trainers cannot be started; none is left.
@@ -56,6 +57,7 @@ class LocalHost:
             {
                 **self._spec,
                 "generation": number,
+                "weights": speeds,
                 "quarantined_ids": sorted(services.quarantined_ids),
             },
             services.folder.logs,

@@ -35,7 +35,7 @@ Ranges = Sequence[tuple[int, int]]
 NUM_SLOTS = 2
 NO_STEP = -1
 _ROW_WORDS = 8
-_ALIVE, _PHASE, _STEP, _PHASE_SINCE = range(4)
+_ALIVE, _PHASE, _STEP, _PHASE_SINCE, _COMPUTED = range(5)
 _STAMP_STEP, _STAMP_BYTES, _STAMP_DIGEST = range(3)
 _ALIGN_BYTES = 4096
 
@@ -64,12 +64,14 @@ class Status:
         phase: what its main thread does.
         step: steps done.
         phase_since_s: since when (monotonic clock, seconds).
+        computed_s: seconds that its own gradients took in its latest step; 0: none yet.
     """
 
     alive_s: float
     phase: Phase
     step: int
     phase_since_s: float
+    computed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,19 @@ class MemoryFile:
         row = self._status[rank]
         row[_PHASE], row[_STEP], row[_PHASE_SINCE] = phase, step, time.monotonic_ns()
 
+    def begin_exchange(self, rank: int) -> None:
+        """Trainer `rank` has its own gradients and waits for those of the others."""
+        row, now_ns = self._status[rank], time.monotonic_ns()
+        row[_COMPUTED] = now_ns - row[_PHASE_SINCE]
+        row[_PHASE], row[_PHASE_SINCE] = Phase.EXCHANGING, now_ns
+
     def status(self, rank: int) -> Status:
         """The row of trainer `rank`."""
         row = [int(word) for word in self._status[rank]]
-        return Status(row[_ALIVE] / 1e9, Phase(row[_PHASE]), row[_STEP], row[_PHASE_SINCE] / 1e9)
+        return Status(
+            row[_ALIVE] / 1e9, Phase(row[_PHASE]), row[_STEP], row[_PHASE_SINCE] / 1e9,
+            row[_COMPUTED] / 1e9,
+        )  # fmt: skip
 
     # Snapshots.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from checkpoint.store import Fenced, ProcessIdentity
+from jaxserve.trainer.balance import Speeds
 from jaxserve.trainer.config import PlacementSection, TrainConfig
 from jaxserve.trainer.goodput import Goodput
 from jaxserve.trainer.ledger import Ledger
@@ -38,12 +39,20 @@ class StopRequest:
     """Why trainers are to stop after the steps under way.
 
     Attributes:
-        reason: "preempted" (a signal), "stop" (the command), "resize", "save_failed".
+        reason: "preempted" (a signal), "stop" (the command), "resize", "rebalance",
+            "save_failed".
         placement: of "resize": who is to go on.
+        speeds: of "rebalance": of the processes, which are to share the work by them.
     """
 
     reason: str
     placement: PlacementSection | None = None
+    speeds: Speeds | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a next generation follows at once."""
+        return self.reason in ("resize", "rebalance")
 
 
 class Signals:
@@ -148,7 +157,7 @@ class RunServices:
     def _take_up(self, asked: Mapping[str, Any]) -> None:
         if asked.get("kind") == "stop":
             self.view.say("asked to stop")
-            if self.request is None or self.request.reason == "resize":
+            if self.request is None or self.request.goes_on:
                 self.request = StopRequest("stop")
         elif asked.get("kind") == "resize":
             placement = PlacementSection(
@@ -162,5 +171,5 @@ class RunServices:
                     f"{self.config.batch.num_logical_shards} logical shards",
                     warn=True,
                 )
-            elif self.request is None:
+            elif self.request is None or self.request.reason == "rebalance":
                 self.request = StopRequest("resize", placement)

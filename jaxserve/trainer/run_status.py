@@ -36,7 +36,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         "generation": max((r["generation"] for r in records if "generation" in r), default=0),
         "checkpoints": StoreReader(folder.checkpoints).steps(),
         "events": {kind: counts[kind] for kind in EVENTS},
-        "goodput": live.get("goodput"),
+        "goodput": _goodput(records, live, is_over=state in ("finished", "stopped")),
     }
     if steps:
         newest = steps[max(steps)]
@@ -58,6 +58,18 @@ def is_trained_now(folder: RunFolder) -> bool:
     if holder.is_local():
         return not holder.is_dead()
     return bool(time.time() - live["written_s"] < SILENT_S)
+
+
+def _goodput(
+    records: tuple[dict[str, Any], ...], live: dict[str, Any], *, is_over: bool
+) -> dict[str, float] | None:
+    """Of the newest start that trained: a later one that found nothing to do tells nothing."""
+    if is_over:
+        for record in reversed(records):
+            if "goodput" in record:
+                found: dict[str, float] = record["goodput"]
+                return found
+    return live.get("goodput")
 
 
 def _state(records: tuple[dict[str, Any], ...]) -> str:

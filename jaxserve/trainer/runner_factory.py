@@ -31,7 +31,7 @@ def make_runner(spec: Mapping[str, Any]) -> tuple[Runner, NumericsFingerprint]:
     """What a trainer drives, and what its bits depend on.
 
     Args:
-        spec: `place`, `generation`, `config`, `world`, `quarantined_ids`, `log_dir`.
+        spec: `place`, `generation`, `config`, `world`, `quarantined_ids`, `log_dir`, `weights`.
 
     Raises:
         ConfigError, DataError, FormatError: config, data or model do not fit together.
@@ -54,12 +54,18 @@ def make_runner(spec: Mapping[str, Any]) -> tuple[Runner, NumericsFingerprint]:
         eval_dataset=None if evaluation is None else TokenDataset(config.data.path, "eval"),
         max_eval_examples=None if evaluation is None else evaluation.max_examples,
         devices=devices,
+        weights=_weights(spec["weights"], place),
         quarantined=spec["quarantined_ids"],
         initial_params=None if lora is not None else initial,
         lora=None if lora is None else LoraConfig(lora.rank, lora.alpha, lora.targets),
         base_params=None if lora is None or initial is None else initial(),
     )
     return runner, take_fingerprint(devices[0], xla_flags(), digests)
+
+
+def _weights(speeds: list[float] | None, place: Place) -> list[float] | None:
+    """Relative speeds of all devices from those of the processes."""
+    return speeds and [one for one in speeds for _ in range(place.devices_per_process)]
 
 
 def _devices(place: Place) -> list[jax.Device]:

@@ -177,6 +177,7 @@ class StepConfig:
         remat: which activations are computed again in the backward pass.
         replay_every: every so many steps each device recomputes a shard of its neighbour's
             and compares digests; 0: never.
+        digest_every: every so many steps a record has a digest of the parameters; 0: never.
     """
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -187,6 +188,7 @@ class StepConfig:
     dropout: float = 0.0
     remat: Remat = "none"
     replay_every: int = 0
+    digest_every: int = 0
 
     def __post_init__(self) -> None:
         if self.sharding not in SHARDINGS:
@@ -202,8 +204,9 @@ class StepConfig:
             raise ConfigError(f"remat is {self.remat!r}; it must be none, dots or full")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be 0 to less than 1")
-        if self.replay_every < 0:
-            raise ConfigError(f"replay_every is {self.replay_every}; 0 is never, least is 0")
+        for name in ("replay_every", "digest_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; 0 is never, least is 0")
 
 
 def _require_share(name: str, value: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -35,6 +36,8 @@ class StepRecord:
         data_wait_s: time spent waiting for rows.
         corrupted_device: what a replay of a shard on another device found wrong, if anything;
             the step was computed again without it.
+        params_digest: of the parameters after the step, see `params_digest.py`; every so many
+            steps.
     """
 
     step: int
@@ -51,6 +54,7 @@ class StepRecord:
     suspect_ids: tuple[int, ...] = ()
     data_wait_s: float = 0.0
     corrupted_device: str | None = None
+    params_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +75,19 @@ class EvalRecord:
 class Runner(Protocol):
     """What a trainer process drives; `jaxserve.trainer.step_runner.StepRunner` is one.
 
-    All processes make the same calls in the same order: each call but `store_state` holds
-    collectives.
+    All processes make the same calls in the same order: each call but `store_state` and `close`
+    holds collectives.
+
+    Attributes:
+        num_devices: of all processes.
+        ranges: the logical shards of each of them.
+        on_exchange: called in each step once this process has its own gradients and waits for
+            those of the others; None, and in mode "ordered": never.
     """
 
     num_devices: int
     ranges: tuple[Range, ...]
+    on_exchange: Callable[[], None] | None
 
     @property
     def layout(self) -> StateLayout:
@@ -104,4 +115,8 @@ class Runner(Protocol):
 
     def evaluate(self) -> EvalRecord:
         """Loss over the evaluation set, without dropout. Changes nothing."""
+        ...
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
         ...

@@ -22,6 +22,7 @@ from jaxserve.trainer.leaf_losses import batch_loss
 from jaxserve.trainer.lr_probe import first_probe_index, positions_before, probe, probe_seed
 from jaxserve.trainer.optimizer import UpdateSpec, apply_update
 from jaxserve.trainer.ordered_gradient import OrderedGradient
+from jaxserve.trainer.params_digest import params_digest
 from jaxserve.trainer.replay import check_replicas, digest
 from jaxserve.trainer.shard_gradient import (
     GradientSpec,
@@ -140,6 +141,15 @@ class StepRunner:
         self._num_tokens = 0
 
     @property
+    def on_exchange(self) -> Callable[[], None] | None:
+        """See `Runner`."""
+        return self._exact.on_exchange
+
+    @on_exchange.setter
+    def on_exchange(self, call: Callable[[], None] | None) -> None:
+        self._exact.on_exchange = call
+
+    @property
     def layout(self) -> StateLayout:
         """Segments of a state's buffer."""
         return self._carrier.layout
@@ -175,7 +185,7 @@ class StepRunner:
         if not self._states or step != self._next_step:
             raise ValueError(f"step {step}, but the state is at step {self._next_step}")
         world = self.world
-        batch = self._reader.read(world.first_index(step), world.first_index(step + 1))
+        batch = self._reader.read(world.first_index(step))
         (chunks, losses), fault = self._gradients(batch, step)
         squares = self._exchange.norm_squares(chunks)
         gradients = list(chunks)
@@ -193,7 +203,9 @@ class StepRunner:
             check_replicas(self._exchange, masters, step)
         self._next_step = step + 1
         self._num_tokens += batch.num_tokens
-        record = self._record(step, batch, decisions[0], losses[0])
+        record = dataclasses.replace(
+            self._record(step, batch, decisions[0], losses[0]), params_digest=self._digest(step)
+        )
         return record if fault is None else dataclasses.replace(record, corrupted_device=fault)
 
     def evaluate(self) -> EvalRecord:
@@ -252,6 +264,13 @@ class StepRunner:
         every = self.config.replay_every
         return every > 0 and step % every == 0
 
+    def _digest(self, step: int) -> str | None:
+        every = self.config.digest_every
+        if not every or step % every:
+            return None
+        is_split = self.config.sharding != "replicated"
+        return params_digest(self._exchange, self._states, is_split=is_split)
+
     def _decide(
         self, squares: Sequence[jax.Array], losses: Sequence[jax.Array], step: int
     ) -> list[tuple[Decision, DecisionState]]:
@@ -269,7 +288,7 @@ class StepRunner:
     ) -> None:
         for position in positions_before(config, self._states[0], step):
             index = first_probe_index(self.world, config, step, position)
-            batch = self._probe_reader.read(index)
+            batch = self._probe_reader.read_once(index)
             probe(
                 config,
                 self._update,

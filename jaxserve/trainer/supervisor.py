@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxserve.trainer.balance import Balance, Speeds
 from jaxserve.trainer.config import PlacementSection
 from jaxserve.trainer.errors import RunError, TrainingFailed
 from jaxserve.trainer.generation import Generation
@@ -25,7 +26,8 @@ PAUSE_STEP_S = 0.05
 class _Progress:
     """Where the run stands between two generations.
 
-    `memory` is the file that `base.state` is a view of; None: it has memory of its own.
+    `memory` is the file that `base.state` is a view of; None: it has memory of its own. `speeds`
+    are those of the processes that shards are shared by; None: equal.
     """
 
     base: Base
@@ -33,6 +35,7 @@ class _Progress:
     number: int
     memory: MemoryFile | None = None
     num_failures: int = 0
+    speeds: Speeds | None = None
 
 
 class Supervisor:
@@ -42,14 +45,14 @@ class Supervisor:
         self,
         services: RunServices,
         *,
-        start_generation: Callable[[int, PlacementSection], Generation],
+        start_generation: Callable[[int, PlacementSection, Speeds | None], Generation],
         restore: Callable[[int | None], Base],
         check_numerics: Callable[[dict[str, Any]], None],
     ) -> None:
         """
         Args:
             services: of the run.
-            start_generation: starts the trainers of a generation.
+            start_generation: starts the trainers of a generation, by its number.
             restore: reads the newest good checkpoint, at most at the given step.
             check_numerics: raises RunError when trainers would compute other bits than before.
         """
@@ -89,11 +92,13 @@ class Supervisor:
     def _run_generation(self, progress: _Progress) -> Outcome:
         services, base = self._services, progress.base
         services.look_for_requests()
-        if services.request is not None and services.request.reason != "resize":
+        if services.request is not None and not services.request.goes_on:
             return Outcome("stopped", "before it began")
         progress.number += 1
         try:
-            generation = self._start_generation(progress.number, progress.placement)
+            generation = self._start_generation(
+                progress.number, progress.placement, progress.speeds
+            )
         except RunError as error:
             return Outcome("failed", str(error))
         services.ledger.note(
@@ -104,7 +109,8 @@ class Supervisor:
             device_count=progress.placement.num_devices,
             pids=generation.pids,
         )
-        run = GenerationRun(services, generation, base, self._check_numerics)
+        balance = Balance.of(services.config, progress.placement, progress.speeds)
+        run = GenerationRun(services, generation, base, self._check_numerics, balance)
         try:
             outcome = run.run()
             services.goodput.switch("restart")
@@ -207,8 +213,18 @@ class Supervisor:
                 device_count=request.placement.num_devices,
             )
             services.view.say(f"going on with {request.placement.num_devices} devices")
-            progress.placement = request.placement
+            progress.placement, progress.speeds = request.placement, None
             services.request = None
+            return None
+        if request.speeds is not None:
+            services.ledger.note(
+                kind="rebalance",
+                generation=progress.number,
+                next_step=progress.base.step,
+                speeds=[round(one, 6) for one in request.speeds],
+            )
+            services.view.say("a trainer is slow: sharing the work anew by their speeds")
+            progress.speeds, services.request = request.speeds, None
             return None
         self._save(progress, is_end=True)
         services.ledger.note(

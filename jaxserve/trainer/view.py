@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 WINDOW_STEPS = 50
 LINE_EVERY_S = 10.0
-FLOPS_PER_PARAMETER = 6
-"""Forward and backward pass, per token (Kaplan et al. 2020, section 2.1), without attention."""
 
 
 class Rate:
@@ -33,16 +31,16 @@ class TerminalView:
     """A progress bar on a terminal, a line every 10 s elsewhere; both on standard error."""
 
     def __init__(
-        self, total_steps: int, num_parameters: int | None = None, peak_flops: float | None = None
+        self, total_steps: int, flops_per_token: int | None = None, peak_flops: float | None = None
     ) -> None:
         """
         Args:
             total_steps: of the run.
-            num_parameters, peak_flops: for the MFU estimate; None: there is none.
+            flops_per_token, peak_flops: for the MFU estimate; None: there is none.
         """
         self._console = Console(stderr=True)
         self._total = total_steps
-        self._num_parameters = num_parameters
+        self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._rate = Rate()
         self._line_s = 0.0
@@ -83,7 +81,6 @@ class TerminalView:
             self.say(f"step {metrics['step'] + 1}/{self._total}  {figures}")
 
     def _mfu(self, tokens_per_s: float) -> str:
-        if self._peak_flops is None or self._num_parameters is None:
+        if self._peak_flops is None or self._flops_per_token is None:
             return ""
-        flops = FLOPS_PER_PARAMETER * self._num_parameters * tokens_per_s
-        return f"  MFU {flops / self._peak_flops:.0%}"
+        return f"  MFU {self._flops_per_token * tokens_per_s / self._peak_flops:.1%}"

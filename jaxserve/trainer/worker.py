@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def main(
     """The trainer's life, in a process of its own.
 
     Args:
-        spec: `place`, `generation`, `config`, `world`, `quarantined_ids`.
+        spec: `place`, `generation`, `config`, `world`, `quarantined_ids`, `weights`.
         channel: to the supervisor.
         memory_fd: the generation's memory file.
         make_runner: from `spec`: what computes, and what its bits depend on.
@@ -56,11 +57,14 @@ def main(
     link.start()
     try:
         runner, fingerprint = make_runner(spec)
+        if place.num_processes > 1:
+            runner.on_exchange = partial(memory.begin_exchange, place.rank)
         link.say(_introduction(runner, fingerprint, place.rank))
         start = link.wait_for_start()
         if start is not None:
             memory.attach_slots(start["state_bytes"])
             _Trainer(runner, link, memory, place.rank, Cadence(**start["cadence"])).run(start)
+        runner.close()
     except Exception as error:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"[:4000]
@@ -293,6 +297,7 @@ def step_fields(record: StepRecord) -> dict[str, Any]:
         fields["reason"] = record.reason
     if record.verdict == "rollback":
         fields |= {"rollback_to": record.rollback_to, "suspect_ids": list(record.suspect_ids)}
-    if record.corrupted_device is not None:
-        fields["corrupted_device"] = record.corrupted_device
+    for name in ("corrupted_device", "params_digest"):
+        if getattr(record, name) is not None:
+            fields[name] = getattr(record, name)
     return fields

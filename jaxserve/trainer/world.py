@@ -143,17 +143,7 @@ class LogicalWorld:
         speeds = [1.0] * num_devices if weights is None else [float(w) for w in weights]
         if len(speeds) != num_devices or not all(0 < speed < float("inf") for speed in speeds):
             raise ConfigError(f"weights are {weights}; {num_devices} numbers above 0 are needed")
-        sizes = _largest_sizes(num_shards, speeds)
-        ranges: list[Range] = []
-        first = 0
-        for device in range(num_devices):
-            room_after = sum(sizes[device + 1 :])
-            least = max(first + 1, num_shards - room_after)
-            most = min(first + sizes[device], num_shards - (num_devices - device - 1))
-            end = max(range(least, most + 1), key=_trailing_zeros)
-            ranges.append(Range(first, end))
-            first = end
-        return tuple(ranges)
+        return share_shards(num_shards, speeds)
 
     def differences(self, other: LogicalWorld) -> list[Difference]:
         """Fields, and `settings` by their own names, in which `other` is another world."""
@@ -182,6 +172,21 @@ class LogicalWorld:
             odd = sorted(fields.keys() ^ known)
             raise ConfigError(f"world.json: missing or unknown fields: {', '.join(odd)}")
         return cls(**fields)
+
+
+def share_shards(num_shards: int, speeds: Sequence[float]) -> tuple[Range, ...]:
+    """The logical shards of each device, at most as many as shards; see `ranges_of`."""
+    sizes = _largest_sizes(num_shards, speeds)
+    ranges: list[Range] = []
+    first = 0
+    for device in range(len(speeds)):
+        room_after = sum(sizes[device + 1 :])
+        least = max(first + 1, num_shards - room_after)
+        most = min(first + sizes[device], num_shards - (len(speeds) - device - 1))
+        end = max(range(least, most + 1), key=_trailing_zeros)
+        ranges.append(Range(first, end))
+        first = end
+    return tuple(ranges)
 
 
 def num_subtrees(first: int, end: int) -> int:

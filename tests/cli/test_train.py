@@ -76,6 +76,9 @@ def test_status_of_a_run_that_nobody_trains(config: Path, tmp_path: Path) -> Non
     status = json.loads(invoke("status", run.path, "--json"))
     assert (status["state"], status["next_step"], status["checkpoints"]) == ("finished", 5, [5])
     assert status["goodput"]["wall_s"] > 0
+    assert run.train_here(1, "total_steps=5") == 0  # Finds nothing to do, and says so.
+    again = json.loads(invoke("status", run.path, "--json"))
+    assert again["goodput"] == status["goodput"]
     assert "finished" in invoke("status", run.path)
     with pytest.raises(RunError, match="nobody trains"):
         invoke("stop", run.path)

@@ -46,7 +46,8 @@ def kinds(records: list[dict[str, Any]]) -> Counter[str]:
 def results(steps: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """What must be the same for any number of devices, of every step."""
     names = ("step", "loss_hex", "grad_norm_hex", "lr_hex", "first_index", "last_index")
-    return [tuple(step[name] for name in (*names, "ids_sha256")) for step in steps]
+    names = (*names, "ids_sha256", "params_digest")
+    return [tuple(step.get(name) for name in names) for step in steps]
 
 
 def checkpoint_arrays(run: Path, step: int) -> dict[str, np.ndarray]:

@@ -91,7 +91,7 @@ class Machine:
         )  # fmt: skip
         supervisor = Supervisor(
             services,
-            start_generation=lambda number, placement: SimulatedGeneration(  # type: ignore[arg-type,return-value]
+            start_generation=lambda number, placement, _: SimulatedGeneration(  # type: ignore[arg-type,return-value]
                 self, number, placement.processes
             ),
             restore=lambda limit: store.restore(limit),

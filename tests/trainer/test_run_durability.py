@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxserve.trainer.data.sampler import IndexSampler
 from jaxserve.trainer.errors import RunError
 from tests.trainer.conftest import MakeRun
 from tests.trainer.independent_reader import committed, kinds, last_checkpoint
@@ -72,6 +74,39 @@ def test_no_good_checkpoint_needs_a_decision(make_run: MakeRun, toy_reference: R
     assert run.train_here(1, restart_from_scratch=True) == 0
     records = assert_same(run, toy_reference)
     assert kinds(records)["restart_from_scratch"] == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_errors", [1, 100])
+def test_all_ranks_restore_the_same_step_when_a_read_fails(
+    make_run: MakeRun, toy_reference: Run, monkeypatch: pytest.MonkeyPatch, num_errors: int
+) -> None:
+    run = make_run()
+    stop_at(run, 22)
+    newest = last_checkpoint(run.path)
+    manifest = run.path / "checkpoints" / "steps" / f"{newest:012d}" / "manifest.json"
+    read_bytes, failed = Path.read_bytes, []
+
+    def flaky(path: Path) -> bytes:
+        if path == manifest and len(failed) < num_errors:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    assert run.train_here(3) == 0
+    records = assert_same(run, toy_reference)
+    assert failed
+    begun = [record["from_step"] for record in records if record["kind"] == "generation"]
+    expected = newest if num_errors == 1 else 20  # An error that stays counts as damage.
+    assert begun == [0, expected]
+    assert kinds(records)["ckpt_fallback"] == (num_errors > 1)
+    ids = IndexSampler(90, 0).ids_of(expected * 16, 16).tolist()
+    first_read = []
+    for rank in range(3):
+        log = run.path / "logs" / f"reads-g0002-r{rank}.jsonl"
+        first_read += json.loads(log.read_text().splitlines()[0])["ids"]
+    assert first_read == ids
 
 
 @pytest.mark.long
@@ -172,6 +207,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.filterwarnings(
     "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
 )
+@pytest.mark.root
 @pytest.mark.long
 @pytest.mark.parametrize("policy", ["continue", "stop"])
 def test_full_disk_is_seen_at_once(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class ToyRunner:
             dataset.num_examples, self._world.data_seed, spec["quarantined_ids"]
         )
         self._state = np.zeros(LAYOUT.size_bytes, np.uint8)
+        self.on_exchange: Callable[[], None] | None = None
 
     def load_state(self, buffer: Any) -> int:
         if buffer is None:
@@ -79,6 +80,8 @@ class ToyRunner:
         poison = self._number(POISON)
         if poison is not None and int(poison) in ids:
             return self._record(step, digest.hexdigest(), (int(poison),))
+        if self.on_exchange is not None:
+            self.on_exchange()
         noise = np.frombuffer(digest.digest(), np.uint8).astype(np.float32)
         for name in LAYOUT.vectors:
             values = LAYOUT.vector(self._state, name).reshape(-1)[: LAYOUT.flat.num_values]
@@ -122,6 +125,9 @@ class ToyRunner:
     def evaluate(self) -> EvalRecord:
         total = LAYOUT.vector(self._state, "params").sum()
         return EvalRecord(loss=np.float32(total), num_tokens=1, num_examples=1)
+
+    def close(self) -> None:
+        pass
 
 
 FINGERPRINT = NumericsFingerprint(

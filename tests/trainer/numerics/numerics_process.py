@@ -30,7 +30,7 @@ def main() -> None:
     found = {
         "ranges": runner.state_ranges(),
         "losses": [record.loss.tobytes().hex() for record in records],
-        "read": runner._reader._leaves,
+        "read": runner._reader.leaves,
     }
     Path(f"{out}.{index}.json").write_text(json.dumps(found))
 

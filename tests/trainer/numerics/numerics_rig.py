@@ -43,7 +43,7 @@ WORLD = LogicalWorld(
     rng_seed=5,
 )
 RATE = ScheduleConfig(kind="cosine", peak_value=3e-3, total=12, warmup=2)
-CONFIG = StepConfig(optimizer=OptimizerConfig(weight_decay=0.1), dropout=0.1)
+CONFIG = StepConfig(optimizer=OptimizerConfig(weight_decay=0.1), dropout=0.1, digest_every=2)
 
 
 class TinyDataset:
@@ -117,13 +117,14 @@ class Trace:
         self.buffer = buffer
 
     @property
-    def bits(self) -> list[tuple[str, str, str]]:
-        """Loss, norm and rate of each step in hex."""
+    def bits(self) -> list[tuple[str | None, ...]]:
+        """Loss, norm and rate of each step in hex, and digests of parameters."""
         return [
             (
                 record.loss.tobytes().hex(),
                 record.grad_norm.tobytes().hex(),
                 record.lr.tobytes().hex(),
+                record.params_digest,
             )
             for record in self.records
         ]

@@ -95,6 +95,18 @@ def test_parameters_are_those_of_optax(
         np.testing.assert_allclose(got[name], values, atol=5e-3 * moved, rtol=0, err_msg=name)
 
 
+def test_digest_is_of_all_parameters() -> None:
+    runner = make_runner(1)
+    trace = run(runner, 1)
+    bits = runner.layout.vector(trace.buffer, "params").view(np.uint32).reshape(-1)
+    places = np.arange(bits.size, dtype=np.uint32)
+    mix = np.uint32(0x9E3779B1)
+    mixed = (bits ^ (bits >> 15)) * mix
+    words = (bits * (2 * places + 1), (mixed ^ (mixed >> 13)) * (places * mix | 1))
+    expected = "".join(f"{int(word.sum(dtype=np.uint32)):08x}" for word in words)
+    assert trace.records[0].params_digest == expected
+
+
 def test_state_outlives_names_and_arrays() -> None:
     runner = make_runner(1)
     trace = run(runner, 2)

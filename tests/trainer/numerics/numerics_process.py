@@ -7,17 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 from numerics_rig import CONFIG, make_runner
+
+from jaxserve.trainer.launch import Place, set_up_jax
 
 
 def main() -> None:
     out, cache, port, num_processes, index = sys.argv[1:]
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.distributed.initialize(f"127.0.0.1:{port}", int(num_processes), int(index))
+    set_up_jax(Place(int(index), int(num_processes), 1, f"127.0.0.1:{port}", cache))
     config = dataclasses.replace(CONFIG, sharding="zero1", replay_every=2)
     runner = make_runner(int(num_processes), config=config)
     runner.load_state(None)

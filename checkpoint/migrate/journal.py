@@ -58,16 +58,16 @@ class Journal:
     ) -> None:
         self._file.close()
 
-    def append(self, window: Window, prefix_sha256: str) -> None:
+    def append(self, window: Window, prefix_blake3: str) -> None:
         """Record that `window` is in the target."""
-        line = json.dumps([*key_of(window), prefix_sha256], separators=(",", ":"))
+        line = json.dumps([*key_of(window), prefix_blake3], separators=(",", ":"))
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
 
 def _entry(line: bytes) -> tuple[KeyOfWindow, str] | None:
     try:
-        name, part_index, stop, sha256 = json.loads(line)
+        name, part_index, stop, blake3 = json.loads(line)
     except ValueError:
         return None
-    return ((name, part_index, stop), sha256) if line.endswith(b"\n") else None
+    return ((name, part_index, stop), blake3) if line.endswith(b"\n") else None

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.errors import FormatError
-from checkpoint.store.durable import canonical_json, sha256_hex, sha256_of_file, walk_files
+from checkpoint.store.digests import blake3_of_file
+from checkpoint.store.durable import canonical_json, sha256_hex, walk_files
 
-FORMAT = "jaxserve-manifest-1"
+FORMAT = "jaxserve-manifest-2"
+DIGESTS = "blake3"
 IN_FOLDER = "jaxserve-manifest.json"
 MAX_BYTES = 256 << 20
 BELIEVED = (".safetensors", ".index.json", "config.json", "tokenizer.json", ".jinja")
@@ -27,8 +29,8 @@ class MigrationManifest:
     """What was made, and from what.
 
     Attributes:
-        files: size in bytes and SHA-256, by path relative to the target's folder.
-        arrays: SHA-256 of each array, see docs/checkpoints.md.
+        files: size in bytes and BLAKE3, by path relative to the target's folder.
+        arrays: BLAKE3 of each array, see docs/checkpoints.md.
         source: path, format and digests of what it was made from.
         plan_sha256: of the plan.
         tool: name and version of the program.
@@ -51,6 +53,7 @@ class MigrationManifest:
         """The file's bytes; every one of them is covered by the digest in it."""
         fields = {
             "format": FORMAT,
+            "digests": DIGESTS,
             "files": {name: list(entry) for name, entry in self.files.items()},
             "arrays": dict(self.arrays),
             "source": dict(self.source),
@@ -78,7 +81,7 @@ class MigrationManifest:
                 )
             return cls(
                 _entries(kept["files"]),
-                {str(name): str(sha256) for name, sha256 in kept["arrays"].items()},
+                {str(name): str(blake3) for name, blake3 in kept["arrays"].items()},
                 dict(kept["source"]),
                 str(kept["plan_sha256"]),
                 str(kept["tool"]),
@@ -118,7 +121,7 @@ def file_problems(target: Path, manifest: MigrationManifest) -> list[str]:
 def describe_files(folder: Path, exclude: tuple[str, ...] = ()) -> dict[str, tuple[int, str]]:
     """Size and digest of every file below `folder`, but for those below the names `exclude`."""
     return {
-        name: (size, sha256_of_file(folder / name))
+        name: (size, blake3_of_file(folder / name))
         for name, _ in walk_files(folder)
         if name.split("/")[0] not in exclude
         for size in [(folder / name).stat().st_size]
@@ -128,13 +131,13 @@ def describe_files(folder: Path, exclude: tuple[str, ...] = ()) -> dict[str, tup
 def _problems(target: Path, files: Mapping[str, tuple[int, str]]) -> list[str]:
     folder = target if target.is_dir() else target.parent
     problems = []
-    for name, (num_bytes, sha256) in sorted(files.items()):
+    for name, (num_bytes, blake3) in sorted(files.items()):
         path = folder / name
         if path.is_symlink() or not path.is_file():
             problems.append(f"{name}: is missing or not a plain file")
         elif path.stat().st_size != num_bytes:
             problems.append(f"{name}: has {path.stat().st_size} bytes, {num_bytes} were written")
-        elif sha256_of_file(path) != sha256:
+        elif blake3_of_file(path) != blake3:
             problems.append(f"{name}: its bytes are not those written")
     return problems
 
@@ -153,8 +156,8 @@ def _strangers(target: Path, files: Mapping[str, tuple[int, str]]) -> list[str]:
 
 def _entries(values: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     entries = {}
-    for name, (num_bytes, sha256) in values.items():
+    for name, (num_bytes, blake3) in values.items():
         if name.startswith("/") or ".." in name.split("/"):
             raise FormatError(f"the manifest names {name!r}, which leads out of its folder")
-        entries[str(name)] = (int(num_bytes), str(sha256))
+        entries[str(name)] = (int(num_bytes), str(blake3))
     return entries

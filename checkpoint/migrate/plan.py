@@ -19,8 +19,9 @@ from checkpoint.migrate.parts import PartSource
 from checkpoint.name_table import IDENTITY, Transform
 from checkpoint.store.tree import DTYPES
 
-NUM_BEING_WRITTEN = 2
-"""Windows held beside those in flight: by the writer, and by what reads back or hashes."""
+NUM_BEING_WRITTEN = 3
+"""Batches held beside those in flight: being hashed, being written, being taken into the digests
+of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,21 @@ class Plan:
                 for start in range(0, max(rows, 1), step):
                     yield Window(array, index, start, min(start + step, rows))
 
+    def batches(self, source: PartSource) -> Iterator[tuple[Window, ...]]:
+        """The windows in their order, small ones together: a batch takes no more memory than
+        one window may."""
+        batch: list[Window] = []
+        num_bytes = 0
+        for window in self.windows(source):
+            cost = _cost(window, source)
+            if batch and num_bytes + cost > self.window_bytes:
+                yield tuple(batch)
+                batch, num_bytes = [], 0
+            batch.append(window)
+            num_bytes += cost
+        if batch:
+            yield tuple(batch)
+
     def rows_a_window(self, array: PlannedArray, part: PlannedPart, source: PartSource) -> int:
         """How many rows of a part are made at a time."""
         rows = max(1, num_rows(part))
@@ -191,16 +207,13 @@ class Plan:
         wanted = max(1, self.window_bytes * rows // cost)
         return min(rows, max(1, wanted // part.row_alignment) * part.row_alignment)
 
-    def max_window_bytes(self, source: PartSource) -> int:
-        """The most memory that one window takes."""
+    def max_batch_bytes(self, source: PartSource) -> int:
+        """The most memory that one batch takes."""
         return max(
             (
-                window_cost(array, part, source)
-                * self.rows_a_window(array, part, source)
-                // max(1, num_rows(part))
-                + source.extra_bytes(part.source)
-                for array in self.arrays
-                for part in array.parts[:1]
+                sum(_cost(window, source) for window in batch)
+                + max(source.extra_bytes(window.part.source) for window in batch)
+                for batch in self.batches(source)
             ),
             default=0,
         )
@@ -218,13 +231,18 @@ def window_cost(array: PlannedArray, part: PlannedPart, source: PartSource) -> i
     return as_read + changed + merged + array.num_part_bytes
 
 
+def _cost(window: Window, source: PartSource) -> int:
+    rows = window.stop - window.start
+    return window_cost(window.array, window.part, source) * rows // max(1, num_rows(window.part))
+
+
 def max_in_flight(plan: Plan, source: PartSource, num_workers: int, memory_bytes: int) -> int:
-    """How many windows may be in memory at once.
+    """How many batches may be in flight at once.
 
     Raises:
         MigrationError: not even one fits.
     """
-    largest = max(1, plan.max_window_bytes(source))
+    largest = max(1, plan.max_batch_bytes(source))
     num_fitting = memory_bytes // largest - NUM_BEING_WRITTEN
     if num_fitting < 1:
         needed = largest * (1 + NUM_BEING_WRITTEN)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from checkpoint.migrate.errors import MigrationError, TargetExists
 from checkpoint.migrate.manifest import MigrationManifest, load_manifest, manifest_path
-from checkpoint.store.durable import fsync_path, sha256_of_file
+from checkpoint.store.digests import blake3_of_file
+from checkpoint.store.durable import fsync_path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -76,7 +77,7 @@ def publish_file(out: Path, target: Path, manifest: MigrationManifest, *, force:
 
 
 def _described(target: Path) -> dict[str, tuple[int, str]]:
-    return {target.name: (target.stat().st_size, sha256_of_file(target))}
+    return {target.name: (target.stat().st_size, blake3_of_file(target))}
 
 
 def write_beside(path: Path, manifest: MigrationManifest) -> None:

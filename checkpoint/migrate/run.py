@@ -29,7 +29,7 @@ from checkpoint.migrate.workspace import Workspace, workspace_path
 from checkpoint.store.durable import Deadline, fsync_tree, write_new_file
 from checkpoint.store.founding import found_store
 from checkpoint.store.layout import StoreLayout
-from checkpoint.store.manifest import ArrayRecord
+from checkpoint.store.manifest import ArrayRecord, FileRecord
 
 FSYNC_TIMEOUT_S = 24 * 3600.0
 BYTES_A_KIB = 1024
@@ -194,12 +194,13 @@ def _complete(
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    made = {} if isinstance(migration.form, StepTarget) else files
     if isinstance(migration.form, StepTarget):
-        _commit_step(migration, out, migration.form, digests)
+        _commit_step(migration, out, migration.form, digests, files)
     (out / IN_FOLDER).unlink(missing_ok=True)
-    others = describe_files(out, exclude=(CHECKPOINTS, *files))
+    others = describe_files(out, exclude=(CHECKPOINTS, *made))
     manifest = MigrationManifest(
-        files={**others, **files},
+        files={**others, **made},
         arrays=digests,
         source=migration.source_record,
         plan_sha256=migration.plan.digest,
@@ -231,7 +232,11 @@ def _staged_step(out: Path, form: StepTarget) -> Path:
 
 
 def _commit_step(
-    migration: Migration, out: Path, form: StepTarget, digests: Mapping[str, str]
+    migration: Migration,
+    out: Path,
+    form: StepTarget,
+    digests: Mapping[str, str],
+    files: FileDigests,
 ) -> None:
     staged = _staged_step(out, form)
     if StoreLayout(out / CHECKPOINTS).step(form.step).is_dir():
@@ -242,4 +247,5 @@ def _commit_step(
         )
         for array in migration.plan.arrays
     }
-    found_store(out / CHECKPOINTS, form.step, staged, records, form.metadata)
+    known = {path: FileRecord(*described) for path, described in files.items()}
+    found_store(out / CHECKPOINTS, form.step, staged, records, known, form.metadata)

@@ -1,26 +1,24 @@
-"""Stream: windows are computed by several readers and written in order, in bounded memory."""
+"""Stream: batches of windows go through reading, hashing, writing and reading back, each in
+threads of its own, in order and in bounded memory."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+from blake3 import blake3
 
 from checkpoint.migrate.compute import compute_window
-from checkpoint.migrate.errors import SourceChanged, VerificationFailed, WriteFailed
+from checkpoint.migrate.errors import SourceChanged, VerificationFailed, naming
 from checkpoint.migrate.journal import Journal, key_of
 from checkpoint.migrate.parts import PartSource
-from checkpoint.migrate.plan import Plan, PlannedArray, Window
-from checkpoint.migrate.target import Target
-
-Array: TypeAlias = npt.NDArray[Any]
-
+from checkpoint.migrate.plan import Plan, Window
+from checkpoint.migrate.target import Piece, Target
+from checkpoint.store.digests import array_hash
 
 OnWindow: TypeAlias = Callable[[int, bool], None]
 """Called as `on_window(num_bytes, was_written)`, from the thread that streams."""
@@ -41,7 +39,7 @@ def stream(
     Windows that the journal has are computed again, and must come to the same.
 
     Returns:
-        SHA-256 of each array, as `checkpoint.store` defines it: see `array_hash`.
+        BLAKE3 of each array, as `checkpoint.store` defines it: see `array_hash`.
 
     Raises:
         SourceChanged: a window comes to something else than the journal says.
@@ -49,82 +47,118 @@ def stream(
         WriteFailed: the system refuses to read or write; the message names the array.
         MigrationError, FormatError: see `compute_window`.
     """
-    digests: dict[str, str] = {}
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="migrate-read") as pool:
-        hashed = hashlib.sha256()
-        for window, values in _computed(pool, plan.windows(source), source, max_in_flight):
-            array = window.array
-            if window.part_index == window.start == 0:
-                hashed = array_hash(array)
-            hashed.update(values.reshape(-1).view(np.uint8).data)
-            prefix = hashed.hexdigest()
-            known = journal.done.get(key_of(window))
-            if known is not None and known != prefix:
-                raise SourceChanged(
-                    f"{array.name}: the source no longer gives what was written of it before the "
-                    "interruption; pass --restart to begin anew"
-                )
-            with _naming(array, "written"):
-                # A journalled window may be lost all the same: a power failure can do that.
-                is_there = known is not None and target.holds(window, values)
-                if not is_there:
-                    _write(target, window, values)
-                    journal.append(window, prefix)
-                target.add(window, values)
-            if window.is_last:
-                digests[array.name] = prefix
-            on_window(window.num_bytes, not is_there)
-    return digests
+    prefixes = _Prefixes(journal)
+    with (
+        ThreadPoolExecutor(num_workers, thread_name_prefix="migrate-read") as readers,
+        ThreadPoolExecutor(1, thread_name_prefix="migrate-write") as writer,
+    ):
+        writing: Future[_Written] | None = None
+
+        def settle() -> None:
+            if writing is None:
+                return
+            written = writing.result()
+            for hashed, is_new in zip(written.pieces, written.is_new, strict=True):
+                if is_new:
+                    journal.append(hashed.window, hashed.prefix)
+            target.add([hashed.piece for hashed in written.pieces])
+            for hashed, is_new in zip(written.pieces, written.is_new, strict=True):
+                on_window(hashed.window.num_bytes, is_new)
+
+        for pieces in _computed(readers, plan.batches(source), source, max_in_flight):
+            batch = [prefixes.take(piece) for piece in pieces]  # While the one before is written.
+            settle()
+            writing = writer.submit(_write, target, batch)
+        settle()
+    return prefixes.digests
 
 
-def _write(target: Target, window: Window, values: Array) -> None:
-    target.write(window, values)
-    if not target.holds(window, values):
-        raise VerificationFailed(
-            f"{window.array.name}, read back from the target, is not what was written; is the "
-            "disk sound? Nothing was published"
-        )
+@dataclass(frozen=True, slots=True)
+class _Hashed:
+    """A window's values, the digest of its array up to its end, and whether that is known."""
+
+    piece: Piece
+    prefix: str
+    is_known: bool
+
+    @property
+    def window(self) -> Window:
+        return self.piece[0]
 
 
-def array_hash(array: PlannedArray) -> Any:
-    """A SHA-256 that has taken in the array's dtype and shape; its bytes come next."""
-    shape = ",".join(str(size) for size in array.shape)
-    return hashlib.sha256(f"{array.dtype}[{shape}]\n".encode())
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A batch that is in the target, and which windows were not there before."""
+
+    pieces: list[_Hashed]
+    is_new: list[bool]
+
+
+class _Prefixes:
+    """Digests of arrays up to each window, held against the journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.digests: dict[str, str] = {}
+        self._journal = journal
+        self._hash = blake3()
+
+    def take(self, piece: Piece) -> _Hashed:
+        window, values = piece
+        array = window.array
+        if window.part_index == window.start == 0:
+            self._hash = array_hash(array.dtype, array.shape)
+        self._hash.update(values.reshape(-1).view(np.uint8).data)
+        prefix = self._hash.hexdigest()
+        known = self._journal.done.get(key_of(window))
+        if known is not None and known != prefix:
+            raise SourceChanged(
+                f"{array.name}: the source no longer gives what was written of it before the "
+                "interruption; pass --restart to begin anew"
+            )
+        if window.is_last:
+            self.digests[array.name] = prefix
+        return _Hashed(piece, prefix, known is not None)
+
+
+def _write(target: Target, batch: list[_Hashed]) -> _Written:
+    # A journalled window may be lost all the same: a power failure can do that.
+    known = [hashed.piece for hashed in batch if hashed.is_known]
+    there = iter(target.holds(known))
+    is_new = [not hashed.is_known or not next(there) for hashed in batch]
+    new = [hashed.piece for hashed, is_wanted in zip(batch, is_new, strict=True) if is_wanted]
+    target.write(new)
+    for (window, _), is_there in zip(new, target.holds(new), strict=True):
+        if not is_there:
+            raise VerificationFailed(
+                f"{window.array.name}, read back from the target, is not what was written; is "
+                "the disk sound? Nothing was published"
+            )
+    return _Written(batch, is_new)
 
 
 def _computed(
-    pool: ThreadPoolExecutor, windows: Iterable[Window], source: PartSource, max_in_flight: int
-) -> Iterator[tuple[Window, Array]]:
-    """Windows with their values, in order; at most `max_in_flight` are in memory."""
-    pending: deque[tuple[Window, Future[Array]]] = deque()
+    pool: ThreadPoolExecutor,
+    batches: Iterable[tuple[Window, ...]],
+    source: PartSource,
+    max_in_flight: int,
+) -> Iterator[list[Piece]]:
+    """Batches with their values, in order; at most `max_in_flight` are in memory."""
+    pending: deque[Future[list[Piece]]] = deque()
     try:
-        for window in windows:
-            pending.append((window, pool.submit(_compute, window, source)))
+        for batch in batches:
+            pending.append(pool.submit(_compute, batch, source))
             if len(pending) >= max_in_flight:
-                yield _first(pending)
+                yield pending.popleft().result()
         while pending:
-            yield _first(pending)
+            yield pending.popleft().result()
     finally:
-        for _, future in pending:
+        for future in pending:
             future.cancel()
 
 
-def _first(pending: deque[tuple[Window, Future[Array]]]) -> tuple[Window, Array]:
-    window, future = pending.popleft()
-    return window, future.result()
-
-
-def _compute(window: Window, source: PartSource) -> Array:
-    with _naming(window.array, "read"):
-        return compute_window(window, source)
-
-
-@contextlib.contextmanager
-def _naming(array: PlannedArray, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WriteFailed(
-            f"{array.name} cannot be {what}: {error}. What is done is kept: run the same command "
-            "again once that is mended"
-        ) from error
+def _compute(batch: tuple[Window, ...], source: PartSource) -> list[Piece]:
+    pieces = []
+    for window in batch:
+        with naming(window.array.name, "read"):
+            pieces.append((window, compute_window(window, source)))
+    return pieces

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,37 +11,40 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
+from checkpoint.migrate.errors import naming
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, Window
-from checkpoint.store.array_files import ArrayFiles
+from checkpoint.store.array_files import COMPARE_BYTES, ArrayFiles, Chunk
+from checkpoint.store.durable import start_writeback
 from checkpoint.store.layout import ARRAYS
-from checkpoint.store.orbax_io import ArrayReader
 
 Array: TypeAlias = npt.NDArray[Any]
+Piece: TypeAlias = tuple[Window, Array]
+"""A window and its values."""
 FileDigests: TypeAlias = dict[str, tuple[int, str]]
-"""Size in bytes and SHA-256, by path relative to the target's folder."""
-
-COMPARE_BYTES = 4 << 20
+"""Size in bytes and BLAKE3, by path relative to the target's folder."""
 
 
 class Target(Protocol):
-    """Where windows go, all of them, in the plan's order."""
+    """Where windows go, all of them, in the plan's order, in batches."""
 
-    def write(self, window: Window, values: Array) -> None:
-        """Write one window's values. Raises OSError, ValueError."""
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Write a batch. Raises WriteFailed, ValueError."""
         ...
 
-    def holds(self, window: Window, values: Array) -> bool:
-        """Whether the files, read again, hold these values."""
+    def holds(self, pieces: Sequence[Piece]) -> list[bool]:
+        """For each piece whether the files, read again, hold its values. Raises WriteFailed."""
         ...
 
-    def add(self, window: Window, values: Array) -> None:
-        """Take the values, which `holds` has found to be there, into the files' digests."""
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """Take a batch, which `holds` has found to be there, into the files' digests."""
         ...
 
     def finish(self) -> FileDigests:
-        """The digests of the files that are complete with this; others are read later."""
+        """The digests of the files that are complete with this, by path relative to the folder
+        that the target was opened in; others are read later."""
         ...
 
     def close(self) -> None:
@@ -76,7 +78,7 @@ class _File:
         self.descriptor = os.open(folder / layout.name, flags, 0o644)
         os.ftruncate(self.descriptor, layout.num_bytes)
         _write_all(self.descriptor, memoryview(layout.header), 0)
-        self._hash = hashlib.sha256(layout.header)
+        self._hash = blake3(layout.header)
         self._hashed_bytes = len(layout.header)
 
     def add(self, offset: int, values: memoryview) -> None:
@@ -95,6 +97,28 @@ class _File:
         self._hashed_bytes = offset
 
 
+class _OneBehind:
+    """Work in a thread of its own, one after the other; at most one waits or runs."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="migrate-hash")
+        self._running: Future[None] | None = None
+
+    def submit(self, work: Callable[[Sequence[Piece]], None], pieces: Sequence[Piece]) -> None:
+        """Returns when the work before is done. Raises what that raised."""
+        self.wait()
+        self._running = self._thread.submit(work, pieces)
+
+    def wait(self) -> None:
+        """Returns when all is done. Raises what it raised."""
+        if self._running is not None:
+            self._running.result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown()
+
+
 class FileTarget:
     """Files whose layout is known before any tensor is."""
 
@@ -105,45 +129,52 @@ class FileTarget:
             file = _File(folder, layout)
             self._files.append(file)
             self._of_array.update(dict.fromkeys(layout.offsets, file))
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="migrate-hash")
-        self._hashing: Future[None] | None = None
+        self._hasher = _OneBehind()
+        self._found = np.empty(COMPARE_BYTES, np.uint8)
 
-    def write(self, window: Window, values: Array) -> None:
+    def write(self, pieces: Sequence[Piece]) -> None:
         """See Target."""
-        file, offset = self._place(window)
-        _write_all(file.descriptor, _bytes(values), offset)
+        for window, values in pieces:
+            file, offset = self._place(window)
+            with naming(window.array.name, "written"):
+                _write_all(file.descriptor, _bytes(values), offset)
 
-    def holds(self, window: Window, values: Array) -> bool:
+    def holds(self, pieces: Sequence[Piece]) -> list[bool]:
         """See Target."""
+        return [self._holds(window, values) for window, values in pieces]
+
+    def _holds(self, window: Window, values: Array) -> bool:
         file, offset = self._place(window)
         wanted = _bytes(values)
         for start in range(0, len(wanted), COMPARE_BYTES):
-            piece = wanted[start : start + COMPARE_BYTES]
-            found = os.pread(file.descriptor, len(piece), offset + start)
-            if not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(piece, np.uint8)):
+            piece = np.frombuffer(wanted[start : start + COMPARE_BYTES], np.uint8)
+            found = self._found[: len(piece)]
+            with naming(window.array.name, "read back"):
+                num_read = os.preadv(file.descriptor, [found.data], offset + start)
+            if num_read != len(piece) or not np.array_equal(found, piece):
                 return False
+        start_writeback(file.descriptor, offset, len(wanted))
         return True
 
-    def add(self, window: Window, values: Array) -> None:
-        """See Target. Works in a thread of its own, one window behind at most."""
-        file, offset = self._place(window)
-        self._wait()
-        self._hashing = self._hasher.submit(file.add, offset, _bytes(values))
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """See Target."""
+        self._hasher.submit(self._add, pieces)
+
+    def _add(self, pieces: Sequence[Piece]) -> None:
+        for window, values in pieces:
+            file, offset = self._place(window)
+            file.add(offset, _bytes(values))
 
     def finish(self) -> FileDigests:
         """See Target."""
-        self._wait()
+        self._hasher.wait()
         return {file.layout.name: file.finish() for file in self._files}
 
     def close(self) -> None:
         """See Target."""
-        self._hasher.shutdown()
+        self._hasher.close()
         while self._files:
             os.close(self._files.pop().descriptor)
-
-    def _wait(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
 
     def _place(self, window: Window) -> tuple[_File, int]:
         file = self._of_array[window.array.name]
@@ -165,64 +196,73 @@ class StoreTarget:
         self._is_committed = is_committed
         self._folder.mkdir(parents=True, exist_ok=True)
         self._files = ArrayFiles(self._folder)
+        self._hasher = _OneBehind()
+        self._digests: FileDigests = {}
         self._rows = {
             array.name: plan.rows_a_window(array, array.parts[0], source) for array in plan.arrays
         }
 
-    def write(self, window: Window, values: Array) -> None:
+    def write(self, pieces: Sequence[Piece]) -> None:
         """See Target."""
-        array, part = window.array, window.part
-        if 0 in array.shape:
-            return
-        if self._is_committed:
-            raise ValueError(f"{array.name} of the finished step is damaged; pass --restart")
-        chunk = (self._rows[array.name], *part.shape[1:]) if part.shape else ()
-        if array.is_stacked:
-            chunk = (1, *chunk)
-        self._files.write(
-            array.name,
-            _index(window),
-            values[None] if array.is_stacked else values,
-            shape=array.shape,
-            chunk_shape=chunk,
-        )
+        for window, values in pieces:
+            if 0 in window.array.shape:
+                continue
+            if self._is_committed:
+                raise ValueError(
+                    f"{window.array.name} of the finished step is damaged; pass --restart"
+                )
+            with naming(window.array.name, "written"):
+                self._files.write(self._chunk(window, values))
 
-    def holds(self, window: Window, values: Array) -> bool:
+    def holds(self, pieces: Sequence[Piece]) -> list[bool]:
         """See Target."""
-        if 0 in window.array.shape:
-            return True
-        try:
-            # A new reader sees nothing that was cached.
-            found = ArrayReader(self._folder).read_part(window.array.name, _index(window))
-        except (ValueError, OSError):
-            return False
-        return np.array_equal(
-            np.frombuffer(_bytes(found), np.uint8), np.frombuffer(_bytes(values), np.uint8)
-        )
+        return [self._holds(window, values) for window, values in pieces]
 
-    def add(self, window: Window, values: Array) -> None:
-        """See Target: the files' digests are taken when the step is committed."""
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """See Target."""
+        self._hasher.submit(self._add, pieces)
 
     def finish(self) -> FileDigests:
         """See Target. Writes what Orbax needs beside the arrays."""
+        self._hasher.wait()
         if not self._is_committed:
             self._files.finish(array.name for array in self._plan.arrays if 0 not in array.shape)
-        return {}
+        return self._digests
 
     def close(self) -> None:
         """See Target."""
+        self._hasher.close()
+
+    def _holds(self, window: Window, values: Array) -> bool:
+        if 0 in window.array.shape:
+            return True
+        with naming(window.array.name, "read back"):
+            return self._files.holds(self._chunk(window, values))
+
+    def _add(self, pieces: Sequence[Piece]) -> None:
+        for window, values in pieces:
+            if 0 not in window.array.shape:
+                chunk = self._chunk(window, values)
+                content = chunk.content()
+                digest = blake3(content.data).hexdigest()
+                self._digests[f"{ARRAYS}/{chunk.path}"] = (len(content), digest)
+
+    def _chunk(self, window: Window, values: Array) -> Chunk:
+        array, part = window.array, window.part
+        rows = self._rows[array.name]
+        shape = (rows, *part.shape[1:]) if part.shape else ()
+        position = (window.start // rows, *(0 for _ in part.shape[1:])) if part.shape else ()
+        if array.is_stacked:
+            shape, position, values = (1, *shape), (window.part_index, *position), values[None]
+        return Chunk(array.name, array.shape, shape, position, values)
 
 
-def _index(window: Window) -> tuple[slice, ...]:
-    """Where a window lies in its array."""
-    rows: tuple[slice, ...] = (slice(window.start, window.stop),) if window.part.shape else ()
-    if window.array.is_stacked:
-        return (slice(window.part_index, window.part_index + 1), *rows)
-    return rows
+def _bytes_array(values: Array) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 def _bytes(values: Array) -> memoryview:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    return _bytes_array(values).data
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:

@@ -1,61 +1,108 @@
-"""Arrays of a step written part by part, in the format of `orbax_io`, in bounded memory.
+"""Arrays of a step written part by part, in a format of Orbax, in bounded memory.
 
-The files are what Orbax makes: an OCDBT database of Zarr 2 arrays, uncompressed. Orbax itself
-takes whole trees only, so that an array would have to be in memory at once.
+The files are what Orbax makes without OCDBT: a folder with Zarr 2 metadata an array, and one
+uncompressed file a chunk. Orbax itself takes whole trees only, so that an array would have to be
+in memory at once; and in an OCDBT database every byte is copied several times on its way.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorstore as ts
+import numpy as np
+import numpy.typing as npt
 
-from checkpoint.store.tree import DTYPES, HostArray
+from checkpoint.store.durable import start_writeback
+from checkpoint.store.orbax_io import make_array_folder
+from checkpoint.store.tree import HostArray
 
 METADATA_FILE = "_METADATA"
 _DICT_KEY = 2
 """Orbax's number for a key of a dict."""
+COMPARE_BYTES = 1 << 20
+"""At once, so that both sides stay in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One chunk of an array: one file.
+
+    Attributes:
+        name: of the array, with slashes.
+        shape: of the whole array; no size is 0.
+        chunk_shape: of all its chunks; those at the end are filled up with zeros.
+        position: the chunk's number on each axis.
+        values: what is inside the array, of its dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    position: tuple[int, ...]
+    values: HostArray
+
+    @property
+    def path(self) -> str:
+        """Relative to the arrays' folder."""
+        return f"{self.name.replace('/', '.')}/{'.'.join(map(str, self.position)) or '0'}"
+
+    def content(self) -> npt.NDArray[np.uint8]:
+        """The file's bytes."""
+        values = self.values
+        if values.shape != self.chunk_shape:
+            filled = np.zeros(self.chunk_shape, values.dtype)
+            filled[tuple(slice(0, size) for size in values.shape)] = values
+            values = filled
+        return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 class ArrayFiles:
-    """A folder of arrays that is filled part by part; filling may go on in another process."""
+    """A folder of arrays that is filled chunk by chunk; filling may go on in another process.
+
+    Nothing is synced: all files are synced together before they count.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._opened: dict[str, ts.TensorStore] = {}
-        # Not synced write by write: all files are synced together before they count.
-        self._context = ts.Context({"file_io_sync": False})
+        self._made: set[str] = set()
 
-    def write(
-        self,
-        name: str,
-        part: tuple[slice, ...],
-        values: HostArray,
-        *,
-        shape: tuple[int, ...],
-        chunk_shape: tuple[int, ...],
-    ) -> None:
-        """Write `values` at `part` of the array `name`; they are in the files when it returns.
+    def write(self, chunk: Chunk) -> None:
+        """Write a chunk. Raises OSError."""
+        if chunk.name not in self._made:
+            dtype = chunk.values.dtype.name
+            make_array_folder(self._folder, chunk.name, dtype, chunk.shape, chunk.chunk_shape)
+            self._made.add(chunk.name)
+        with (self._folder / chunk.path).open("wb", buffering=0) as file:
+            view = chunk.content().data
+            while view:
+                view = view[file.write(view[: 1 << 30]) :]
 
-        Args:
-            name: with slashes.
-            part: one slice an axis.
-            values: of the array's dtype.
-            shape: of the whole array.
-            chunk_shape: the parts that can be read alone; a write should fill whole ones.
+    def holds(self, chunk: Chunk) -> bool:
+        """Whether the file, read again, is that chunk; then it is on its way to the disk.
 
-        Raises:
-            OSError: the system refuses.
+        Raises OSError.
         """
+        wanted = chunk.content()
+        found = np.empty(min(COMPARE_BYTES, len(wanted)), np.uint8)
         try:
-            if name not in self._opened:
-                self._opened[name] = self._open(name, values.dtype.name, shape, chunk_shape)
-            self._opened[name][part].write(values).result()
-        except ValueError as error:  # TensorStore's, for a full disk as for all else.
-            raise OSError(str(error).splitlines()[0]) from error
+            file = (self._folder / chunk.path).open("rb", buffering=0)
+        except FileNotFoundError:
+            return False
+        with file:
+            if os.fstat(file.fileno()).st_size != len(wanted):
+                return False
+            for start in range(0, len(wanted), COMPARE_BYTES):
+                piece = wanted[start : start + COMPARE_BYTES]
+                num_read = file.readinto(found[: len(piece)].data)
+                if num_read != len(piece) or not np.array_equal(found[: len(piece)], piece):
+                    return False
+            start_writeback(file.fileno(), 0, len(wanted))
+        return True
 
     def finish(self, names: Iterable[str]) -> None:
         """Write the file by which Orbax knows the tree."""
@@ -68,31 +115,9 @@ class ArrayFiles:
             }
         metadata: dict[str, Any] = {
             "tree_metadata": entries,
-            "use_ocdbt": True,
+            "use_ocdbt": False,
             "use_zarr3": False,
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         }
         (self._folder / METADATA_FILE).write_text(json.dumps(metadata))
-
-    def _open(
-        self, name: str, dtype: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...]
-    ) -> ts.TensorStore:
-        assert dtype in DTYPES
-        spec = {
-            "driver": "zarr",
-            "kvstore": {
-                "driver": "ocdbt",
-                "base": {"driver": "file", "path": f"{self._folder}/"},
-                "path": f"{name.replace('/', '.')}/",
-            },
-            "metadata": {
-                "shape": list(shape),
-                "chunks": list(chunk_shape),
-                "compressor": None,
-                "order": "C",
-            },
-            "dtype": dtype,
-            "store_data_equal_to_fill_value": True,
-        }
-        return ts.open(spec, context=self._context, open=True, create=True).result()

@@ -10,7 +10,7 @@ from typing import Any
 from checkpoint.store.durable import canonical_json
 from checkpoint.store.tree import Stored
 
-FORMAT = "jaxserve-checkpoint-1"
+FORMAT = "jaxserve-checkpoint-2"
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class ArrayRecord:
     Attributes:
         shape: sizes.
         dtype: NumPy's name of it.
-        sha256: digest of the logical values, see `tree.digest`; it does not depend on how
+        blake3: digest of the logical values, see `tree.digest`; it does not depend on how
             the array is stored or sharded.
         key_impl: for PRNG key data: the generator's name.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    sha256: str
+    blake3: str
     key_impl: str | None
 
     @property
@@ -41,7 +41,7 @@ class FileRecord:
     """One file: its size in bytes and the digest of its bytes."""
 
     size_bytes: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Manifest:
                 name: ArrayRecord(
                     tuple(int(size) for size in record["shape"]),
                     str(record["dtype"]),
-                    str(record["sha256"]),
+                    str(record["blake3"]),
                     record["key_impl"],
                 )
                 for name, record in fields["arrays"].items()

@@ -1,6 +1,7 @@
 """Array files. The one module that knows Orbax and the layout of what it writes.
 
-Orbax writes logical arrays (OCDBT key-value files holding Zarr 2 arrays, uncompressed).
+Orbax writes logical arrays (OCDBT key-value files holding Zarr 2 arrays, uncompressed). Steps
+that were not written by Orbax, see `array_files`, have a folder an array instead of OCDBT.
 Reading goes straight to TensorStore: Orbax's own restore does not notice changed values.
 """
 
@@ -20,6 +21,9 @@ from checkpoint.store.tree import DTYPES, HostArray
 
 _REFUSALS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 """How TensorStore's errors begin that speak of this process or system, not of the files."""
+
+
+OCDBT_MANIFEST = "manifest.ocdbt"
 
 
 class ArrayWrite:
@@ -126,15 +130,40 @@ class ArrayReader:
         return tuple(size or 0 for size in self._open(name).chunk_layout.read_chunk.shape or ())
 
     def _open(self, name: str) -> ts.TensorStore:
-        spec = {
-            "driver": "zarr",
-            "kvstore": {
-                "driver": "ocdbt",
-                "base": {"driver": "file", "path": f"{self._folder}/"},
-                "path": f"{name.replace('/', '.')}/",
-            },
-        }
+        path = f"{name.replace('/', '.')}/"
+        if (self._folder / OCDBT_MANIFEST).exists():
+            base = {"driver": "file", "path": f"{self._folder}/"}
+            kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": path}
+        else:
+            kvstore = {"driver": "file", "path": f"{self._folder}/{path}"}
+        spec = {"driver": "zarr", "kvstore": kvstore}
         return ts.open(spec, context=self._context, open=True, read=True).result()
+
+
+def make_array_folder(
+    folder: Path, name: str, dtype: str, shape: tuple[int, ...], chunk_shape: tuple[int, ...]
+) -> None:
+    """An array below `folder` that is still without chunks; it may be there already.
+
+    Raises:
+        OSError: the system refuses, or there is an array of another shape.
+    """
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder}/{name.replace('/', '.')}/"},
+        "metadata": {
+            "shape": list(shape),
+            "chunks": list(chunk_shape),
+            "compressor": None,
+            "order": "C",
+        },
+        "dtype": dtype,
+    }
+    context = ts.Context({"file_io_sync": False})
+    try:
+        ts.open(spec, context=context, open=True, create=True).result()
+    except ValueError as error:  # TensorStore's, for a full disk as for all else.
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

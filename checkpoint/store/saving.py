@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.store.commit import CommitRecord
+from checkpoint.store.digests import blake3_of_file
 from checkpoint.store.durable import (
     Deadline,
     fsync_tree,
     sha256_hex,
-    sha256_of_file,
     walk_files,
     write_new_file,
 )
@@ -211,8 +211,11 @@ def commit_staged(
     deadline: Deadline,
     *,
     read_back: bool = True,
+    known_files: Mapping[str, FileRecord] | None = None,
 ) -> None:
     """Turns a folder with array files into a checkpoint, not yet published.
+
+    Files that are not in `known_files` are read, for their digests.
 
     Raises:
         SaveFailed: an array is not what its record says.
@@ -221,7 +224,8 @@ def commit_staged(
     fsync_tree(staged, deadline)
     if read_back:
         _read_back(staged, step, records, deadline)
-    manifest_bytes = Manifest(step, records, _file_records(staged, deadline), metadata).encode()
+    files = _file_records(staged, known_files or {}, deadline)
+    manifest_bytes = Manifest(step, records, files, metadata).encode()
     write_new_file(staged / MANIFEST, manifest_bytes)
     commit = CommitRecord(step, epoch, sha256_hex(manifest_bytes), round(time.time(), 3))
     write_new_file(staged / COMMIT, commit.encode())
@@ -242,11 +246,16 @@ def _read_back(
         deadline.check(f"reading back {name}")
 
 
-def _file_records(staged: Path, deadline: Deadline) -> dict[str, FileRecord]:
+def _file_records(
+    staged: Path, known: Mapping[str, FileRecord], deadline: Deadline
+) -> dict[str, FileRecord]:
     records = {}
     for path, _ in walk_files(staged):
         file = staged / path
+        if path in known:
+            records[path] = known[path]
+            continue
         deadline.check(f"computing the digest of {path}")
-        sha256 = sha256_of_file(file, lambda: deadline.check("computing digests"))
-        records[path] = FileRecord(file.stat().st_size, sha256)
+        blake3 = blake3_of_file(file, lambda: deadline.check("computing digests"))
+        records[path] = FileRecord(file.stat().st_size, blake3)
     return records

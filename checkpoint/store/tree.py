@@ -7,7 +7,6 @@ leaves no trace. The tree handed to `fill` gives the structure back.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from checkpoint.store.digests import array_hash
 from checkpoint.store.errors import TreeMismatch, UnsupportedLeaf
 
 PyTree: TypeAlias = Any
@@ -105,12 +105,11 @@ class Stored:
 
 
 def digest(array: HostArray) -> str:
-    """SHA-256 in hex of `DTYPE[DIM,DIM]`, a newline, and the little-endian C-order bytes.
+    """BLAKE3 in hex of `DTYPE[DIM,DIM]`, a newline, and the little-endian C-order bytes.
 
     4-bit integers count one byte each, sign-extended.
     """
-    shape = ",".join(str(size) for size in array.shape)
-    hashed = hashlib.sha256(f"{array.dtype.name}[{shape}]\n".encode())
+    hashed = array_hash(array.dtype.name, array.shape)
     if array.dtype.name in ("int4", "uint4"):
         array = array.astype(np.int8 if array.dtype.name == "int4" else np.uint8)
     little = array.dtype.newbyteorder("<")

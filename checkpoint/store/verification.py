@@ -1,4 +1,4 @@
-"""Whether a stored step is what was saved. Uses hashlib and TensorStore, not Orbax."""
+"""Whether a stored step is what was saved. Uses BLAKE3 and TensorStore, not Orbax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 
 from checkpoint.store.commit import CommitRecord
-from checkpoint.store.durable import sha256_hex, sha256_of_file, walk_files
+from checkpoint.store.digests import blake3_of_file
+from checkpoint.store.durable import sha256_hex, walk_files
 from checkpoint.store.errors import CorruptStep, Problem, StoreError, StoreUnreadable
 from checkpoint.store.layout import ARRAYS, COMMIT, MANIFEST
 from checkpoint.store.manifest import ArrayRecord, Manifest
@@ -91,7 +92,7 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
         elif not found[path]:
             yield Problem(path, "is not a plain file")
         else:
-            yield from _content_problems(folder, path, record.size_bytes, record.sha256)
+            yield from _content_problems(folder, path, record.size_bytes, record.blake3)
 
 
 def read_array(reader: ArrayReader, name: str, record: ArrayRecord) -> HostArray:
@@ -112,9 +113,9 @@ def read_array(reader: ArrayReader, name: str, record: ArrayRecord) -> HostArray
         except (ValueError, OSError) as error:
             failure = ValueError(f"cannot be read: {error}")
             continue
-        if digest(array) == record.sha256:
+        if digest(array) == record.blake3:
             return array
-        failure = ValueError(f"its values are not those saved (SHA-256 {record.sha256[:12]}...)")
+        failure = ValueError(f"its values are not those saved (BLAKE3 {record.blake3[:12]}...)")
     assert failure is not None
     raise failure
 
@@ -144,12 +145,12 @@ def verify_folder(folder: Path, step: int) -> VerifyReport:
     )
 
 
-def _content_problems(folder: Path, path: str, size_bytes: int, sha256: str) -> Iterator[Problem]:
+def _content_problems(folder: Path, path: str, size_bytes: int, blake3: str) -> Iterator[Problem]:
     try:
         found_bytes = _tried(lambda: (folder / path).stat().st_size)
         if found_bytes != size_bytes:
             yield Problem(path, f"has {found_bytes} bytes, {size_bytes} were written")
-        elif _tried(lambda: sha256_of_file(folder / path)) != sha256:
+        elif _tried(lambda: blake3_of_file(folder / path)) != blake3:
             yield Problem(path, "its bytes are not those written")
     except OSError as error:
         yield Problem(path, f"cannot be read: {os.strerror(error.errno or 0)}")

@@ -289,7 +289,7 @@ def _run(conversion: Conversion, limits: Limits, *, dry_run: bool, as_json: bool
         "num_arrays": len(manifest.arrays),
         "num_bytes": conversion.migration.plan.num_bytes,
         "plan_sha256": manifest.plan_sha256,
-        "files": {name: sha256 for name, (_, sha256) in manifest.files.items()},
+        "files": {name: blake3 for name, (_, blake3) in manifest.files.items()},
         "notes": list(conversion.migration.plan.notes),
     }
     if as_json:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.engine.config import EngineConfig
+from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +57,20 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = 30.0,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a training run: its newest checkpoint is served, and each newer one "
+            "from the moment it is whole. A request runs on one version to its end.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    watch_interval_s: Annotated[
+        float,
+        typer.Option(
+            min=0.1, help="How often --watch looks for a newer one.", rich_help_panel=_SERVER
+        ),
+    ] = 5.0,
     reflection: Annotated[
         bool,
         typer.Option(
@@ -72,6 +89,7 @@ def serve(
     Examples:
         jaxserve serve
         jaxserve serve --model ./model.gguf --grpc-port 0 --http-port 0
+        jaxserve serve --watch runs/tiny
     """
     # Imported late: `--help` must not wait for jax.
     from rich.console import Console
@@ -86,17 +104,31 @@ def serve(
         reflection=reflection,
         drain_timeout_s=drain_timeout_s,
     )
+    if watch is not None:
+        engine_config = _model_of_run(engine_config, watch)
     console = Console(stderr=True, highlight=False)
     if host not in _LOOPBACK:
         console.print(f"warning: {host} may be reached by others; requests are not authenticated")
-    drained = asyncio.run(_serve(engine_config, server_config, console))
+    drained = asyncio.run(_serve(engine_config, server_config, console, watch, watch_interval_s))
     if not drained:
         console.print(f"some requests were cut short after {drain_timeout_s:g} s")
         raise typer.Exit(1)
 
 
+def _model_of_run(engine_config: EngineConfig, run: Path) -> EngineConfig:
+    if engine_config.model not in (EngineConfig().model, str(run)):
+        raise ConfigError(f"--watch serves the model of {run}; leave --model out")
+    if not (run / "model.json").is_file():
+        raise ConfigError(f"--watch {run}: no training run is there, it holds no model.json")
+    return replace(engine_config, model=str(run))
+
+
 async def _serve(
-    engine_config: EngineConfig, server_config: ServerConfig, console: Console
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    console: Console,
+    watch: Path | None,
+    watch_interval_s: float,
 ) -> bool:
     from jaxserve.cli.pull import pull_with_progress
     from jaxserve.model_catalog import CATALOG
@@ -121,6 +153,13 @@ async def _serve(
         host = server_config.host
         typer.echo(f"READY grpc={host}:{server.grpc_port} http={host}:{server.http_port}")
         sys.stdout.flush()
+        if watch is not None:
+            from jaxserve.engine.run_watcher import RunWatcher
+
+            def announce_swap(name: str) -> None:
+                console.print(f"serving {name}")
+
+            RunWatcher(running.weights, watch, watch_interval_s, announce_swap).start()
 
     def announce_drain() -> None:
         console.print("draining: running requests finish, new ones are refused")

@@ -7,13 +7,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxserve.engine.detokenizer import DetokenizerFactory
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.failure_log import log_failure
-from jaxserve.engine.inbox import Arrival, Inbox
+from jaxserve.engine.inbox import Arrival, Errand, Inbox
 from jaxserve.engine.loop import Committed, EngineLoop
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputProcessor, OutputSink
@@ -179,6 +180,17 @@ class Engine:
         """Ends what `add` returned, within one step, and never another request
         that has got its id since. False if it has ended already."""
         return self._inbox.end_request(request, FinishReason.CANCELLED)
+
+    def run_between_requests(self, action: Callable[[], None]) -> Future[None]:
+        """Runs `action` in the engine's thread, between two steps, when every request that has
+        begun is over; those that have not wait for it.
+
+        Returns at once. The future has what `action` raises, or NotAccepting if the engine is
+        stopped first; until it runs it can be cancelled. Raises NotAccepting.
+        """
+        errand = Errand(action, Future())
+        self._inbox.send(errand)
+        return errand.done
 
     def drain(self, timeout_s: float) -> bool:
         """Takes no more requests and waits until all have ended.

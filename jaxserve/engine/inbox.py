@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from jaxserve.engine.output import OutputSink
@@ -18,6 +19,14 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class Errand:
+    """Something to do in the engine's thread between two steps, when no request runs."""
+
+    run: Callable[[], None]
+    done: Future[None]
+
+
+@dataclass(frozen=True, slots=True)
 class Mail:
     """What came in since the loop last looked, arrivals before ends."""
 
@@ -25,6 +34,7 @@ class Mail:
     ends: tuple[tuple[str, FinishReason], ...]
     """Requests to end, by id, from outside a step: those that have the id when
     the mail is taken. An end never outlives the request it was meant for."""
+    errands: tuple[Errand, ...] = ()
 
 
 class Inbox:
@@ -41,6 +51,7 @@ class Inbox:
         self._arrivals: list[Arrival] = []
         self._num_arrival_tokens = 0
         self._ends: list[tuple[str, FinishReason]] = []
+        self._errands: list[Errand] = []
         self._live: dict[str, Request] = {}
         self._delivering = False
         self._num_waiting = 0
@@ -120,8 +131,16 @@ class Inbox:
             self._ends.extend((request_id, reason) for request_id in self._live)
             self._changed.notify_all()
 
+    def send(self, errand: Errand) -> None:
+        """Raises NotAccepting."""
+        with self._changed:
+            if self._refusal is not None:
+                raise NotAccepting(self._refusal)
+            self._errands.append(errand)
+            self._changed.notify_all()
+
     def refuse(self, why: str) -> None:
-        """From now on `put` raises NotAccepting with this message."""
+        """From now on `put` and `send` raise NotAccepting with this message."""
         with self._changed:
             self._refusal = why
 
@@ -132,15 +151,16 @@ class Inbox:
 
     def take(self) -> Mail:
         """The loop takes what is here; arrivals count as waiting from now on."""
-        if not self._arrivals and not self._ends:
+        if not (self._arrivals or self._ends or self._errands):
             return _NO_MAIL
         with self._changed:
-            mail = Mail(tuple(self._arrivals), tuple(self._ends))
+            mail = Mail(tuple(self._arrivals), tuple(self._ends), tuple(self._errands))
             self._num_waiting += len(self._arrivals)
             self._num_waiting_tokens += self._num_arrival_tokens
             self._arrivals.clear()
             self._num_arrival_tokens = 0
             self._ends.clear()
+            self._errands.clear()
         return mail
 
     def publish_waiting(self, num_requests: int, num_tokens: int) -> None:
@@ -154,7 +174,8 @@ class Inbox:
         """Blocks until mail or a stop; False if the time ran out first."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: bool(self._arrivals or self._ends or self._stopping), timeout_s
+                lambda: bool(self._arrivals or self._ends or self._errands or self._stopping),
+                timeout_s,
             )
 
     def wait_for_step(self) -> bool:

@@ -17,13 +17,13 @@ from typing import Protocol
 
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.failure_log import log_failure
-from jaxserve.engine.inbox import Arrival, Mail
+from jaxserve.engine.inbox import Arrival, Errand, Mail
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import Addressed, OutputSink
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.request import FinishReason, Request, TokenUpdate
 from jaxserve.engine.scheduler.scheduler import Scheduler
-from jaxserve.errors import QueueFull
+from jaxserve.errors import NotAccepting, QueueFull
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class EngineLoop:
         self._backlog: deque[Request] = deque()
         """Arrivals that the scheduler's queue has no room for, since requests
         were preempted into it after these had been accepted."""
+        self._errands: deque[Errand] = deque()
+        """While there are any, no request begins; they run when those that have begun are over."""
         self._ends: list[tuple[str, FinishReason]] = []
         """Ended at the scheduler; their last output comes with the next emit."""
         self._can_plan = True
@@ -155,6 +157,7 @@ class EngineLoop:
     def end_all(self, reason: FinishReason) -> None:
         """Ends every open request, and those that have not been ingested."""
         self._ingest()
+        self._refuse_errands()
         for request_id in self._outputs.open_ids():
             self._end(request_id, reason)
         self.emit(None)
@@ -162,7 +165,10 @@ class EngineLoop:
     def fail_all(self) -> None:
         """Ends every request as ERROR, without the scheduler and the executor:
         one of the two has failed."""
-        for arrival in self._arrivals.take().arrivals:
+        mail = self._arrivals.take()
+        self._errands.extend(mail.errands)
+        self._refuse_errands()
+        for arrival in mail.arrivals:
             self._outputs.open(arrival.request, arrival.sink)
         self._in_flight.clear()
         self._ends = [(request_id, FinishReason.ERROR) for request_id in self._outputs.open_ids()]
@@ -202,8 +208,10 @@ class EngineLoop:
 
     def _ingest(self) -> None:
         mail = self._arrivals.take()
+        self._errands.extend(mail.errands)
         for arrival in mail.arrivals:
             self._accept(arrival)
+        self._run_errands()
         self._schedule_backlog()
         for request_id, reason in mail.ends:
             if self._outputs.has(request_id):
@@ -225,7 +233,7 @@ class EngineLoop:
             self._forget_old_deadlines()
 
     def _schedule_backlog(self) -> None:
-        while self._backlog:
+        while self._backlog and not self._errands:
             request = self._backlog[0]
             try:
                 self._scheduler.add(request)
@@ -237,6 +245,25 @@ class EngineLoop:
                 continue
             self._backlog.popleft()
             self._can_plan = True
+
+    def _run_errands(self) -> None:
+        self._errands = deque(errand for errand in self._errands if not errand.done.cancelled())
+        while self._errands and not self._scheduler.has_work and not self._in_flight:
+            errand = self._errands.popleft()
+            if not errand.done.set_running_or_notify_cancel():
+                continue
+            try:
+                errand.run()
+            except Exception as error:  # Whoever sent it hears of it; requests go on.
+                errand.done.set_exception(error)
+            else:
+                errand.done.set_result(None)
+
+    def _refuse_errands(self) -> None:
+        while self._errands:
+            errand = self._errands.popleft()
+            if errand.done.set_running_or_notify_cancel():
+                errand.done.set_exception(NotAccepting("the engine has stopped"))
 
     def _forget_old_deadlines(self) -> None:
         # Requests that ended in time leave theirs behind.

@@ -144,6 +144,16 @@ class PagePool:
             page_ids.append(page_id)
         return page_ids
 
+    def forget(self) -> None:
+        """Empties the prefix cache: what its pages hold no longer means anything.
+
+        Raises PageIntegrityError if a sequence holds a page: only its owner can let go of it.
+        """
+        if self.num_held:
+            raise PageIntegrityError(f"{self.num_held} pages are held")
+        while self._cached:
+            self._free.append(self._evict())
+
     def num_unheld(self, page_ids: Iterable[int]) -> int:
         """How many of the pages nobody holds: sharing these takes from `num_available`."""
         return sum(self._num_holders[page_id] == 0 for page_id in page_ids)

@@ -26,6 +26,7 @@ from jaxserve.engine.compilation import (
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.jax_executor import JaxExecutor
+from jaxserve.engine.live_weights import LiveWeights
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, tree_bytes
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
@@ -69,6 +70,7 @@ class RunningEngine:
     model_source: ModelSource
     report: StartupReport
     compiles: CompileCounter
+    weights: LiveWeights
 
     def close(self) -> None:
         """Stops the engine at once."""
@@ -142,7 +144,8 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
         ready_s=perf_counter() - start,
         num_compiles=num_compiles,
     )
-    return RunningEngine(engine, tokenizer, source, report, counter)
+    weights = LiveWeights(engine, executor, scheduler.pages, settings, source)
+    return RunningEngine(engine, tokenizer, source, report, counter, weights)
 
 
 def _load_and_compile(

@@ -41,14 +41,14 @@ class Conversion:
 
     source: SourceModel
     migration: Migration
-    max_window_bytes: int
+    max_batch_bytes: int
     num_in_flight: int
 
     @property
     def peak_bytes(self) -> int:
         """Most memory that the process will hold, as planned."""
-        num_windows = self.num_in_flight + NUM_BEING_WRITTEN
-        return peak_memory_bytes() + self.max_window_bytes * num_windows
+        num_batches = self.num_in_flight + NUM_BEING_WRITTEN
+        return peak_memory_bytes() + self.max_batch_bytes * num_batches
 
     def run(self, limits: Limits, progress: OnProgress) -> MigrationManifest:
         """Do it. Raises as `checkpoint.migrate.run.migrate`."""
@@ -143,7 +143,7 @@ def _planned(
     if memory_bytes is not None:
         free = memory_bytes - peak_memory_bytes()
         in_flight = max_in_flight(migration.plan, migration.source, num_workers, free)
-    largest = migration.plan.max_window_bytes(migration.source)
+    largest = migration.plan.max_batch_bytes(migration.source)
     return Conversion(source, migration, largest, in_flight)
 
 

@@ -9,7 +9,7 @@ from jaxserve.server import convert
 from jaxserve.server.state import Phase, ServerState
 from jaxserve.server.status import Context, end_with_status
 
-SCHEMA_REVISION = 1
+SCHEMA_REVISION = 2
 
 _STATES = {
     Phase.STARTING: pb.SERVER_STATE_STARTING,
@@ -61,6 +61,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 buckets=card.buckets,
                 policy=card.policy,
                 max_prompt_bytes=serving.limits.max_prompt_bytes,
+                weights=serving.weights_name(),
             )
         except Exception as error:
             await end_with_status(context, error)

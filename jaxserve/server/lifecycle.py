@@ -119,6 +119,7 @@ def serving_of(running: RunningEngine) -> Serving:
         card=card,
         limits=PromptLimits.of_model(model.vocab_size, scheduler.max_model_len),
         num_startup_compiles=running.report.num_compiles,
+        weights_name=lambda: running.weights.name,
     )
 
 

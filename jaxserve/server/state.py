@@ -72,6 +72,8 @@ class Serving:
     card: ModelCard
     limits: PromptLimits
     num_startup_compiles: int
+    weights_name: Callable[[], str]
+    """The version of the weights that a request which comes now will get."""
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ from store_writer import equals_tree, tree_of
 
 from checkpoint.store import CorruptStep, SaveFailed, Store, StoreReader, StoreUnreadable
 from checkpoint.store.commit import CommitRecord
-from checkpoint.store.durable import sha256_hex, sha256_of_file
+from checkpoint.store.digests import blake3_of_file
+from checkpoint.store.durable import sha256_hex
 from checkpoint.store.manifest import FileRecord
 from checkpoint.store.verification import load_manifest
 
@@ -266,7 +267,7 @@ def test_array_digests_hold_even_if_the_files_digests_were_made_anew(tmp_path: P
     lab = Lab(tmp_path, seed=8)
     where = flip_in_data(lab)
     manifest = load_manifest(lab.folder, NEWEST)
-    record = FileRecord(manifest.files[where].size_bytes, sha256_of_file(lab.folder / where))
+    record = FileRecord(manifest.files[where].size_bytes, blake3_of_file(lab.folder / where))
     data = replace(manifest, files={**manifest.files, where: record}).encode()
     (lab.folder / "manifest.json").write_bytes(data)
     commit = CommitRecord.decode((lab.folder / "commit.json").read_bytes())

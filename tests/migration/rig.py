@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -115,7 +116,8 @@ class Run:
     forker: Forker
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # It was faster.
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
         return int(self.forker.line())

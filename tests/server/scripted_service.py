@@ -151,6 +151,7 @@ class Service:
                 card=_card(self.scheduler.config),
                 limits=PromptLimits.of_model(MODEL_CONFIG.vocab_size, self.engine.max_model_len),
                 num_startup_compiles=2,
+                weights_name=lambda: "scripted@7",
             )
         )
 

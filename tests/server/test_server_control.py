@@ -62,6 +62,7 @@ def test_model_info(service):
     assert (list(info.buckets), info.token_budget, info.max_num_seqs) == ([4, 32], 32, 4)
     assert info.has_chat_template
     assert info.max_prompt_bytes == 64 << 10
+    assert info.weights == "scripted@7"
 
 
 def test_load_follows_the_requests(service):

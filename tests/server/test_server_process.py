@@ -16,8 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.param_loading import flatten, unflatten
+from checkpoint.store import Store
 from jaxserve.client import Client
 from jaxserve.engine.request import FinishReason
+from models.checkpoint_model import CHECKPOINTS, write_model_folder
+from models.loading import ModelSource, open_model
 from tests.server.scripted_service import wait_for
 from tests.server.tiny_model import CONTEXT, write_tiny_model
 
@@ -229,3 +233,52 @@ def test_bad_model_is_one_line(setup, tmp_path):
     assert process.returncode == 2
     assert "Traceback" not in errors
     assert "error: " in errors
+
+
+@pytest.mark.long
+def test_a_run_is_watched_and_streams_finish_on_their_version(setup: Setup, tmp_path: Path) -> None:
+    """A newer checkpoint is served from when it is whole; a damaged one never is."""
+    run = tmp_path / "run"
+    source = open_model(setup.model)
+    write_model_folder(run, source.config, source.load_tokenizer())
+    _save_checkpoint(run, source, 1, 1.0)
+    flags = ("--watch", str(run), "--watch-interval-s", "0.1", "--grpc-port", "0")
+    with _process(replace(setup, model=run), *flags, "--http-port", "0") as process:
+        grpc, _ = _addresses(process)
+        with Client(grpc) as client:
+            old = _answer(client)
+            stream = client.generate("Once", max_tokens=400, temperature=0.0, ignore_eos=True)
+            pieces = iter(stream)
+            text = next(pieces).text
+            _save_checkpoint(run, source, 2, -3.0)
+            text += "".join(delta.text for delta in pieces)
+            assert text.startswith(old)
+            wait_for(lambda: client.model_info().weights == "run@2", 30)
+            new = _answer(client)
+            assert new != old
+            _save_checkpoint(run, source, 3, float("nan"))
+            time.sleep(1.0)
+            assert _answer(client) == new
+            assert client.model_info().weights == "run@2"
+            assert client.load().num_compiles_after_ready == 0
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+        assert process.returncode == 0
+    assert "serving run@2" in log
+    assert "run@3 is not served: its weights hold NaN" in log.replace("\n", " ")
+
+
+def _answer(client: Client) -> str:
+    return "".join(
+        delta.text
+        for delta in client.generate("Once", max_tokens=40, temperature=0.0, ignore_eos=True)
+    )
+
+
+def _save_checkpoint(run: Path, source: ModelSource, step: int, scale: float) -> None:
+    params = source.load_params("float32")
+    changed = {
+        name: leaf * scale if "mlp" in name else leaf for name, leaf in flatten(params).items()
+    }
+    with Store(run / CHECKPOINTS) as store:
+        store.save(step, {"params": unflatten(changed)}).wait()

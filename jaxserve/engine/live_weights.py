@@ -1,0 +1,156 @@
+"""LiveWeights: the weights that an engine serves, and how others take their place."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import TimeoutError as WaitTimedOut
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from checkpoint.errors import FormatError
+from checkpoint.store_source import StoreSource
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.jax_executor import JaxExecutor
+from jaxserve.engine.memory_plan import available_bytes, tree_bytes
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.settings import EngineSettings
+from jaxserve.engine.step import Params
+from jaxserve.errors import JaxserveError
+from models.config import ModelConfig
+from models.loading import ModelSource, open_model
+
+
+class WeightsRefused(JaxserveError):
+    """Weights that cannot take the place of those being served. These go on being served."""
+
+
+class LiveWeights:
+    """Exchanges weights under a running engine, without a compilation.
+
+    A request runs on one version from its first step to its last. When a new version is loaded,
+    no further request begins; those that have begun finish on the old weights, then the new ones
+    take their place between two steps, the prefix cache is emptied, and the requests that wait
+    begin. Until then both versions are in memory.
+
+    Args:
+        engine: running.
+        executor, pages: of this engine; touched in the engine's thread alone.
+        settings: of this engine.
+        source: what its weights were read from.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        executor: JaxExecutor,
+        pages: PagePool,
+        settings: EngineSettings,
+        source: ModelSource,
+    ) -> None:
+        self._engine = engine
+        self._executor = executor
+        self._pages = pages
+        self._settings = settings
+        self._swapping = threading.Lock()
+        self._name, self._step = _described(source)
+        self._num_swaps = 0
+
+    @property
+    def name(self) -> str:
+        """The version that new requests get: the model's name, with `@STEP` for a checkpoint."""
+        return self._name
+
+    @property
+    def step(self) -> int | None:
+        """The checkpoint's number; None for a model that is not one of ours."""
+        return self._step
+
+    @property
+    def num_swaps(self) -> int:
+        """How often weights were exchanged."""
+        return self._num_swaps
+
+    def swap(self, path: Path, timeout_s: float | None = None) -> None:
+        """Read the model at `path` and serve it. Returns when it is what new requests get.
+
+        Tokenizer, chat template and name of the model stay as they are.
+
+        Args:
+            path: as for `models.loading.open_model`.
+            timeout_s: how long to wait for the requests that have begun; None for ever.
+
+        Raises:
+            WeightsRefused: another model, damaged or not finite weights, too little memory, or
+                the time is up. The old weights go on being served.
+            NotAccepting: the engine stops.
+        """
+        with self._swapping:
+            try:
+                source = open_model(path)
+                params = self._load(source)
+            except (ValueError, OSError) as error:  # FormatError and StoreError among them.
+                raise WeightsRefused(f"{path} is not served: {error}") from error
+            described = _described(source)
+
+            def exchange() -> None:
+                self._pages.forget()
+                self._executor.params = params
+                self._name, self._step = described
+                self._num_swaps += 1
+
+            done = self._engine.run_between_requests(exchange)
+            try:
+                done.result(timeout_s)
+            except WaitTimedOut:
+                if not done.cancel():  # It runs at this very moment.
+                    done.result()
+                    return
+                raise WeightsRefused(
+                    f"{path} is not served: requests of the old version still ran after "
+                    f"{timeout_s:g} s"
+                ) from None
+
+    def _load(self, source: ModelSource) -> Params:
+        _check_config(self._settings.model_config, source.config)
+        device = self._settings.device
+        needed = tree_bytes(self._executor.params)
+        free = available_bytes(device)
+        if needed > free:
+            raise FormatError(
+                f"both versions must be in memory for a moment: {needed / 1e6:.0f} MB more are "
+                f"needed, {free / 1e6:.0f} MB are free"
+            )
+
+        def place(host: npt.NDArray[Any]) -> jax.Array:
+            if not np.isfinite(host).all():
+                raise FormatError("its weights hold NaN or infinity")
+            placed: jax.Array = jax.device_put(host, device)
+            return placed
+
+        params = source.load_params(self._settings.dtype, place=place)
+        jax.block_until_ready(params)
+        return params
+
+
+def _described(source: ModelSource) -> tuple[str, int | None]:
+    if isinstance(source.tensors, StoreSource):
+        step = source.tensors.step.step
+        return f"{source.name}@{step}", step
+    return source.name, None
+
+
+def _check_config(served: ModelConfig, other: ModelConfig) -> None:
+    """Raises FormatError unless the compiled steps fit the other model, too."""
+    names = [field.name for field in fields(served)]
+    differing = [name for name in names if getattr(served, name) != getattr(other, name)]
+    if differing:
+        name = differing[0]
+        raise FormatError(
+            f"it is another model: {name} is {getattr(other, name)!r}, and "
+            f"{getattr(served, name)!r} in the one being served; start a server for it"
+        )

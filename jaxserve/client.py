@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.engine.request import RequestOutput
-from jaxserve.errors import InvalidRequest, JaxserveError, NotAccepting, QueueFull
+from jaxserve.errors import (
+    InvalidRequest,
+    JaxserveError,
+    NotAccepting,
+    NotSupported,
+    QueueFull,
+)
 from jaxserve.proto.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from jaxserve.server import convert
 from jaxserve.server.metadata import FIELD_KEY, REQUEST_ID_KEY
@@ -24,11 +34,22 @@ from jaxserve.server.metadata import FIELD_KEY, REQUEST_ID_KEY
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
 
-_Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 MAX_MESSAGE_BYTES = 64 << 20
 POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of texts, in the order of the texts."""
+
+    vectors: npt.NDArray[np.float32]
+    """`[number of texts, E]`."""
+    num_tokens: tuple[int, ...]
+    """Of each text as it was used."""
+    truncated: tuple[bool, ...]
+    """Which texts were cut."""
 
 
 class Generation:
@@ -80,7 +101,8 @@ class Client:
     """One connection, usable from several threads.
 
     Raises InvalidRequest (with the field), QueueFull, NotAccepting (also when
-    nothing listens) and TimeoutError; any other status stays a grpc.RpcError.
+    nothing listens), NotSupported (the model cannot do this) and TimeoutError;
+    any other status stays a grpc.RpcError.
     """
 
     def __init__(self, address: str = "127.0.0.1:50051") -> None:
@@ -106,6 +128,21 @@ class Client:
             prompt, request_id=request_id, cache_salt=cache_salt, **settings
         )
         return Generation(self._inference.Generate(request, timeout=timeout_s))
+
+    def embed(
+        self, texts: Sequence[str], *, truncate: bool = False, timeout_s: float | None = None
+    ) -> Embeddings:
+        """One vector of each text, from a server whose model is an encoder.
+
+        A text that is longer than the model takes is refused, or cut if `truncate`.
+        """
+        request = inference_pb2.EmbedRequest(texts=texts, truncate=truncate)
+        response = _unary(self._inference.Embed, request, timeout_s)
+        return Embeddings(
+            vectors=np.array([entry.values for entry in response.embeddings], np.float32),
+            num_tokens=tuple(entry.num_tokens for entry in response.embeddings),
+            truncated=tuple(entry.truncated for entry in response.embeddings),
+        )
 
     def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids that `generate` would use."""
@@ -157,9 +194,11 @@ class Client:
         self.close()
 
 
-def _unary(method: Callable[[_Request], _Response], request: _Request) -> _Response:
+def _unary(
+    method: Callable[..., _Response], request: Message, timeout_s: float | None = None
+) -> _Response:
     try:
-        return method(request)
+        return method(request, timeout=timeout_s)
     except grpc.RpcError as error:
         raise _mendable(error) from error
 
@@ -176,5 +215,6 @@ def _mendable(error: Any) -> Exception:
     kinds: dict[Any, type[JaxserveError]] = {
         grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
         grpc.StatusCode.UNAVAILABLE: NotAccepting,
+        grpc.StatusCode.UNIMPLEMENTED: NotSupported,
     }
     return kinds[code](details) if code in kinds else error

@@ -36,5 +36,9 @@ class NotAccepting(JaxserveError):
     """The engine drains or has stopped and takes no new requests."""
 
 
+class NotSupported(JaxserveError):
+    """The model that runs cannot do what was asked; another kind of model can."""
+
+
 class StreamTooSlow(JaxserveError):
     """A client reads its stream slower than tokens are made; it was cancelled."""

@@ -108,13 +108,23 @@ def encode(
 
 
 def embed_texts(
-    params: Params, config: ModelConfig, token_ids: jax.Array, num_tokens: jax.Array
+    params: Params,
+    config: ModelConfig,
+    token_ids: jax.Array,
+    num_tokens: jax.Array,
+    *,
+    normalize: bool = True,
 ) -> jax.Array:
-    """One vector of length one for each text: `float32[B, E]`. Arguments as in `encode`."""
+    """One vector for each text: `float32[B, E]`, of length one if `normalize`.
+
+    The other arguments are those of `encode`.
+    """
     rows = encode(params, config, token_ids, num_tokens).astype(jnp.float32)
     counts = jnp.arange(token_ids.shape[1]) < num_tokens[:, None]
     total = jnp.where(counts[..., None], rows, 0.0).sum(axis=1)
     mean = total / jnp.maximum(num_tokens, 1)[:, None]
+    if not normalize:
+        return mean
     norm = jnp.sqrt(jnp.square(mean).sum(axis=-1, keepdims=True))
     return mean / jnp.maximum(norm, 1e-12)
 

@@ -19,12 +19,14 @@ from models import bert, bert_names
 from models import hf_fields as read
 from models.config import ModelConfig
 from models.decoder import Params
-from models.json_file import read_json
-from models.tokenizer import Tokenizer
+from models.json_file import read_json, read_json_objects
+from models.tokenizer import Tokenizer, cut
 
 ARCHITECTURE = "BertModel"
 POOLING = "1_Pooling/config.json"
 SENTENCE_CONFIG = "sentence_bert_config.json"
+MODULES = "modules.json"
+KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Encoder:
     config: ModelConfig
     tensors: SafetensorsFolder
     max_tokens: int
-    """Longer texts are cut here."""
+    """Most tokens of a text, as the model's files say; special tokens count."""
+    normalizes: bool = True
+    """Its embeddings have length one."""
 
     def load_tokenizer(self) -> Tokenizer:
         """The encoder's tokenizer, without cutting or padding."""
@@ -45,6 +49,16 @@ class Encoder:
         """All parameters in `dtype`, as `models.bert` lays them out."""
         abstract = bert.abstract_params(self.config, dtype)
         return load_params(self.tensors, bert_names.hf_name_table(self.config), abstract)
+
+
+def is_encoder(path: str | Path) -> bool:
+    """Whether this is a folder of an encoder, supported or not.
+
+    Raises:
+        FormatError: its `config.json` cannot be read.
+    """
+    fields = read_json(Path(path) / "config.json")
+    return fields is not None and fields.get("architectures") == [ARCHITECTURE]
 
 
 def open_encoder(path: str | Path) -> Encoder:
@@ -73,7 +87,26 @@ def open_encoder(path: str | Path) -> Encoder:
         config=config,
         tensors=SafetensorsFolder(path),
         max_tokens=min(limit or config.max_position_embeddings, config.max_position_embeddings),
+        normalizes=_normalizes(path),
     )
+
+
+def _normalizes(path: Path) -> bool:
+    """Whether the last step of the model is to make its vectors one long.
+
+    A folder of sentence-transformers lists its steps; one of transformers has no
+    list, and gets the step that the usual models have.
+    """
+    modules = read_json_objects(path / MODULES)
+    if modules is None:
+        return True
+    names = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    unknown = sorted(set(names) - set(KNOWN_MODULES))
+    if unknown:
+        raise FormatError(
+            f"{MODULES}: {', '.join(unknown)} is not supported, only {', '.join(KNOWN_MODULES)}"
+        )
+    return "Normalize" in names
 
 
 def config_from_bert(fields: Mapping[str, Any]) -> ModelConfig:
@@ -126,10 +159,7 @@ def pad_texts(
     Returns:
         `(token_ids int32[B, T], num_tokens int32[B])`, T the longest text's tokens.
     """
-    rows = []
-    for text in texts:
-        ids = tokenizer.encode(text)
-        rows.append(ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]])
+    rows = [cut(tokenizer.encode(text), max_tokens) for text in texts]
     num_tokens = np.array([len(row) for row in rows], np.int32)
     token_ids = np.zeros((len(rows), int(num_tokens.max())), np.int32)
     for row, ids in zip(token_ids, rows, strict=True):
@@ -138,9 +168,13 @@ def pad_texts(
 
 
 def embed(encoder: Encoder, params: Params, texts: list[str]) -> npt.NDArray[np.float32]:
-    """One vector of length one for each text, `float32[B, E]`."""
+    """One vector for each text, `float32[B, E]`; longer texts are cut."""
     token_ids, num_tokens = pad_texts(encoder.load_tokenizer(), texts, encoder.max_tokens)
     vectors = bert.embed_texts(
-        params, encoder.config, jnp.asarray(token_ids), jnp.asarray(num_tokens)
+        params,
+        encoder.config,
+        jnp.asarray(token_ids),
+        jnp.asarray(num_tokens),
+        normalize=encoder.normalizes,
     )
     return np.asarray(vectors)

@@ -162,6 +162,14 @@ class Tokenizer:
         return token or ""
 
 
+def cut(token_ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    """The first `max_tokens` ids at most, of which the last stays the text's own last one:
+    an encoder's closing special token."""
+    if len(token_ids) <= max_tokens:
+        return tuple(token_ids)
+    return (*token_ids[: max_tokens - 1], token_ids[-1])
+
+
 def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")

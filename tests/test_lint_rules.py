@@ -23,6 +23,8 @@ LAYERS = {
     "jaxserve/engine/": ("jaxserve.server", "jaxserve.cli", "grpc"),
     "jaxserve/engine/scheduler/": _HOST_ONLY,
     "jaxserve/engine/pages.py": _HOST_ONLY,
+    "jaxserve/engine/encoder/scheduler.py": _HOST_ONLY,
+    "jaxserve/engine/encoder/plan.py": _HOST_ONLY,
     "jaxserve/server/": ("jaxserve.cli",),
 }
 """Path prefix -> what modules there must not import: calls run downwards only,

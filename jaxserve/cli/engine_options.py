@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +49,7 @@ def parse_buckets(text: str) -> str | tuple[int, ...]:
         ) from None
 
 
-def _complete_model(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
     from jaxserve.model_catalog import CATALOG
 
     return [name for name in CATALOG if name.startswith(incomplete)]
@@ -75,7 +75,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
             "--model",
             "-m",
             help="Catalogue name (`jaxserve models`), a GGUF file or a Hugging Face folder.",
-            autocompletion=_complete_model,
+            autocompletion=complete_model,
             rich_help_panel=_MODEL,
         ),
     ],
@@ -222,8 +222,10 @@ def build_engine_config(**values: Any) -> EngineConfig:
     return EngineConfig(**values)
 
 
-def with_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces the parameter `engine_config` by the options of EngineConfig.
+def with_engine_options(
+    command: Callable[..., Any], *, names: Sequence[str] = tuple(ENGINE_OPTIONS)
+) -> Callable[..., Any]:
+    """Replaces the parameter `engine_config` by the options of EngineConfig in `names`.
 
     The options come after the command's own parameters in its help. A command
     with a parameter named like one of EngineConfig's fields is refused with
@@ -236,17 +238,20 @@ def with_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     defaults = {field.name: field.default for field in fields(EngineConfig)}
     shared = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults[name],
+            annotation=ENGINE_OPTIONS[name],
         )
-        for name, annotation in ENGINE_OPTIONS.items()
+        for name in names
     ]
     keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    names = {p.name for p in own}
-    if clash := names & ENGINE_OPTIONS.keys():
+    own_names = {p.name for p in own}
+    if clash := own_names & set(names):
         raise TypeError(f"{command.__name__}: {', '.join(sorted(clash))} is an engine option")
 
     def run(**values: Any) -> Any:
-        engine = {name: values.pop(name) for name in ENGINE_OPTIONS}
+        engine = {name: values.pop(name) for name in names}
         return command(engine_config=build_engine_config(**engine), **values)
 
     run.__name__ = command.__name__

@@ -26,6 +26,7 @@ SUMMARIES = {
     "serve": "Serve a model over gRPC.",
     "chat": "Talk with a model, in this terminal.",
     "generate": "Complete a prompt, or a file of prompts, without a server.",
+    "embed": "Turn texts into vectors, without a server.",
     "bench": "Measure throughput and latency on this machine.",
     "data": "Prepare training data, and look into it.",
     "train": "Train a model: stopped, killed, moved or resized, it goes on with the same bits.",

@@ -18,6 +18,7 @@ from jaxserve.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jaxserve.engine.encoder.startup import RunningEncoder
     from jaxserve.engine.startup import RunningEngine
     from jaxserve.server.config import ServerConfig
 
@@ -80,7 +81,7 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve a model over gRPC.
+    """Serve a model over gRPC: text generation, or embeddings if it is an encoder.
 
     Prints `READY grpc=HOST:PORT http=HOST:PORT` on stdout once requests are
     served; until then health says NOT_SERVING. SIGTERM drains: no new
@@ -90,6 +91,7 @@ def serve(
         jaxserve serve
         jaxserve serve --model ./model.gguf --grpc-port 0 --http-port 0
         jaxserve serve --watch runs/tiny
+        jaxserve serve --model all-minilm-l6-v2
     """
     # Imported late: `--help` must not wait for jax.
     from rich.console import Console
@@ -136,24 +138,30 @@ async def _serve(
 
     server = Server(server_config)
 
-    def start() -> RunningEngine:
+    def start() -> RunningEngine | RunningEncoder:
         # Imports jax, which takes a second: the ports are taken before.
         from jaxserve.cli.startup_view import PhasePrinter
+        from jaxserve.engine.encoder.startup import start_encoder
         from jaxserve.engine.startup import start_engine
+        from jaxserve.model_store import resolve
+        from models.encoder_loading import is_encoder
 
         if engine_config.model.lower() in CATALOG:
             pull_with_progress(engine_config.model)
         console.print(f"starting {engine_config.model}")
+        if watch is None and is_encoder(resolve(engine_config.model)):
+            return start_encoder(engine_config, PhasePrinter(console))
         return start_engine(engine_config, PhasePrinter(console))
 
-    def announce(running: RunningEngine) -> None:
+    def announce(running: RunningEngine | RunningEncoder) -> None:
         from jaxserve.cli.startup_view import print_report
+        from jaxserve.engine.startup import RunningEngine
 
         print_report(console, running.report)
         host = server_config.host
         typer.echo(f"READY grpc={host}:{server.grpc_port} http={host}:{server.http_port}")
         sys.stdout.flush()
-        if watch is not None:
+        if watch is not None and isinstance(running, RunningEngine):
             from jaxserve.engine.run_watcher import RunWatcher
 
             def announce_swap(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 from jaxserve.engine.memory_plan import format_bytes
 
 if TYPE_CHECKING:
+    from jaxserve.engine.encoder.startup import EncoderReport
     from jaxserve.engine.startup import StartupReport
 
 
@@ -23,16 +25,22 @@ class PhasePrinter:
         self._console.print(f"  {phase:<28} {seconds:7.2f} s", style="dim")
 
 
-def print_report(console: Console, report: StartupReport) -> None:
+def print_report(console: Console, report: StartupReport | EncoderReport) -> None:
     """The resolved settings and the memory plan."""
-    console.print(_settings_table(report))
-    console.print(_memory_table(report))
+    # Imported late: `--help` must not wait for jax.
+    from jaxserve.engine.encoder.startup import EncoderReport
+
+    if isinstance(report, EncoderReport):
+        console.print(_encoder_settings_table(report))
+        console.print(_encoder_memory_table(report))
+    else:
+        console.print(_settings_table(report))
+        console.print(_memory_table(report))
     console.print(f"ready after {report.ready_s:.1f} s, {report.num_compiles} compilations")
 
 
 def _settings_table(report: StartupReport) -> Table:
     settings, scheduler = report.settings, report.settings.scheduler
-    table = Table(title="settings", title_justify="left", show_header=False)
     rows = {
         "model": report.model_name,
         "device": report.device,
@@ -47,6 +55,11 @@ def _settings_table(report: StartupReport) -> Table:
         f"{scheduler.max_queued_tokens} prompt tokens",
         "prefix cache": "on" if scheduler.prefix_caching else "off",
     }
+    return _rows_table("settings", rows)
+
+
+def _rows_table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -55,16 +68,46 @@ def _settings_table(report: StartupReport) -> Table:
 def _memory_table(report: StartupReport) -> Table:
     memory = report.memory
     scheduler = report.settings.scheduler
+    pool = f"KV pool ({memory.num_pages} pages of {scheduler.page_size} tokens)"
+    sizes = {
+        "weights": memory.weights_bytes,
+        pool: memory.kv_pool_bytes,
+        "slots": memory.slots_bytes,
+        "temporaries of a step": memory.temp_bytes,
+        "left free": memory.headroom_bytes,
+    }
+    return _sizes_table(sizes)
+
+
+def _sizes_table(sizes: Mapping[str, int]) -> Table:
     table = Table(title="memory", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    pool = f"KV pool ({memory.num_pages} pages of {scheduler.page_size} tokens)"
-    for name, size in (
-        ("weights", memory.weights_bytes),
-        (pool, memory.kv_pool_bytes),
-        ("slots", memory.slots_bytes),
-        ("temporaries of a step", memory.temp_bytes),
-        ("left free", memory.headroom_bytes),
-    ):
+    for name, size in sizes.items():
         table.add_row(name, format_bytes(size))
     return table
+
+
+def _encoder_settings_table(report: EncoderReport) -> Table:
+    settings = report.settings
+    steps = ", ".join(f"{bucket.num_texts} x {bucket.num_positions}" for bucket in settings.buckets)
+    rows = {
+        "model": report.model_name,
+        "device": report.device,
+        "dtype": settings.dtype.name,
+        "token budget": str(settings.token_budget),
+        "steps (texts x tokens)": steps,
+        "longest text": f"{settings.max_tokens} tokens",
+        "queue": f"{settings.max_queued_requests} texts, {settings.max_queued_tokens} tokens",
+    }
+    return _rows_table("settings", rows)
+
+
+def _encoder_memory_table(report: EncoderReport) -> Table:
+    memory = report.memory
+    sizes = {
+        "weights": memory.weights_bytes,
+        "temporaries of the steps": memory.temp_bytes,
+        "left free": memory.headroom_bytes,
+    }
+    return _sizes_table(sizes)

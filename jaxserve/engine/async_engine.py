@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from jaxserve.engine.engine import Engine
+from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.request import GenerationRequest, Request, RequestOutput
 from jaxserve.errors import InvalidRequest, StreamTooSlow
 
@@ -49,7 +49,7 @@ class AsyncEngine:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineCore,
         loop: asyncio.AbstractEventLoop,
         *,
         max_backlog_tokens: int = DEFAULT_MAX_BACKLOG_TOKENS,
@@ -73,14 +73,7 @@ class AsyncEngine:
         QueueFull or NotAccepting. Closing the iterator early aborts the
         request. Raises StreamTooSlow when the caller reads too slowly.
         """
-        request_id = request.request_id
-        if request_id in self._streams:
-            raise InvalidRequest(
-                "request_id", "a request with this id is running: choose another id"
-            )
-        # Outputs are dispatched by this loop, so none is missed here.
-        stream = _Stream(self.engine.add(request, self._sink))
-        self._streams[request_id] = stream
+        stream = self._open(request)
         finished = False
         try:
             while not finished:
@@ -97,6 +90,33 @@ class AsyncEngine:
                 # Not by its id: the request may have ended, unread, and
                 # another one may have the id by now.
                 self.engine.cancel(stream.request)
+
+    async def complete_all(self, requests: Sequence[GenerationRequest]) -> list[RequestOutput]:
+        """The outputs, in order, of requests that have a single one: an encoder's.
+
+        All are taken or none: raises InvalidRequest, QueueFull or NotAccepting.
+        Cancelling the caller aborts those that are not done.
+        """
+        streams: list[_Stream] = []
+        try:
+            for request in requests:
+                # Not a comprehension: after a refusal, those before it are cancelled.
+                streams.append(self._open(request))  # noqa: PERF401
+            return [await stream.get() for stream in streams]
+        finally:
+            for stream in streams:
+                self.engine.cancel(stream.request)
+
+    def _open(self, request: GenerationRequest) -> _Stream:
+        """Hands a request to the engine and keeps its stream."""
+        if request.request_id in self._streams:
+            raise InvalidRequest(
+                "request_id", "a request with this id is running: choose another id"
+            )
+        # Outputs are dispatched by this loop, so none is missed here.
+        stream = _Stream(self.engine.add(request, self._sink))
+        self._streams[request.request_id] = stream
+        return stream
 
     def dispatch(self, outputs: Sequence[RequestOutput]) -> None:
         """One step's outputs. Called on the event loop."""

@@ -13,16 +13,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from jaxserve.engine.executor import Executor
 from jaxserve.engine.failure_log import log_failure
 from jaxserve.engine.inbox import Arrival, Errand, Mail
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
 from jaxserve.engine.output import Addressed, OutputSink
-from jaxserve.engine.plan import StepPlan
-from jaxserve.engine.request import FinishReason, Request, TokenUpdate
-from jaxserve.engine.scheduler.scheduler import Scheduler
+from jaxserve.engine.request import FinishReason, Request
 from jaxserve.errors import NotAccepting, QueueFull
 
 logger = logging.getLogger(__name__)
@@ -45,6 +42,53 @@ class Arrivals(Protocol):
     def delivered(self) -> None: ...
 
 
+class Planned(Protocol):
+    """What the loop reads of a plan."""
+
+    @property
+    def step_id(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_rows_bucket(self) -> int: ...
+
+
+class Update(Protocol):
+    """What the loop reads of what a step did to a request."""
+
+    @property
+    def request(self) -> Request: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+
+
+class StepScheduler(Protocol):
+    """What the loop asks of a scheduler. Plans, results and updates are matters of the
+    scheduler, the executor and the outputs: the loop carries them from one to the next."""
+
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_waiting_tokens(self) -> int: ...
+    def add(self, request: Request) -> None: ...
+    def plan(self, now_s: float) -> Planned | None: ...
+    def commit(self, plan: Any, results: Any, now_s: float) -> Sequence[Update]: ...
+    def finish(self, request_id: str, reason: FinishReason) -> Request | None: ...
+    def check_integrity(self) -> None: ...
+
+
+class StepExecutor(Protocol):
+    """`Executor`, for plans of any kind."""
+
+    def can_accept(self) -> bool: ...
+    def submit(self, plan: Any) -> None: ...
+    def next_completion(self) -> tuple[Any, Any]: ...
+
+
 class Outputs(Protocol):
     """What becomes of tokens: the engine's `OutputProcessor`, or a stopwatch."""
 
@@ -54,7 +98,7 @@ class Outputs(Protocol):
     def has(self, request_id: str) -> bool: ...
     def is_open(self, request: Request) -> bool: ...
     def open(self, request: Request, sink: OutputSink) -> None: ...
-    def update(self, update: TokenUpdate, now_s: float) -> Addressed | None: ...
+    def update(self, update: Any, now_s: float) -> Addressed | None: ...
     def end(self, request_id: str, reason: FinishReason, now_s: float) -> Addressed | None: ...
 
 
@@ -62,13 +106,13 @@ class Outputs(Protocol):
 class Committed:
     """A committed step whose outputs have not been emitted."""
 
-    updates: Sequence[TokenUpdate]
+    updates: Sequence[Update]
     completed_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    plan: StepPlan
+    plan: Planned
     submitted_s: float
     host_gap_s: float
 
@@ -83,8 +127,8 @@ class EngineLoop:
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        executor: Executor,
+        scheduler: StepScheduler,
+        executor: StepExecutor,
         arrivals: Arrivals,
         outputs: Outputs,
         metrics: EngineMetrics,
@@ -318,7 +362,7 @@ class EngineLoop:
         )
         return Committed(updates, now_s)
 
-    def _output_of(self, update: TokenUpdate, now_s: float) -> Addressed | None:
+    def _output_of(self, update: Update, now_s: float) -> Addressed | None:
         request_id = update.request.request_id
         try:
             addressed = self._outputs.update(update, now_s)

@@ -31,6 +31,10 @@ class MemoryPlan:
     available_bytes: int
     """Free on the device when the engine started."""
     num_pages: int
+    advice: str = (
+        "lower --kv-cache-bytes, --max-num-seqs or --max-model-len, or choose a smaller --dtype"
+    )
+    """What makes it fit."""
 
     @property
     def headroom_bytes(self) -> int:
@@ -45,8 +49,7 @@ class MemoryPlan:
                 f"(weights {format_bytes(self.weights_bytes)}, KV pool "
                 f"{format_bytes(self.kv_pool_bytes)}, slots {format_bytes(self.slots_bytes)}, "
                 f"temporaries {format_bytes(self.temp_bytes)}) but only "
-                f"{format_bytes(self.available_bytes)} are free: lower --kv-cache-bytes, "
-                "--max-num-seqs or --max-model-len, or choose a smaller --dtype"
+                f"{format_bytes(self.available_bytes)} are free: {self.advice}"
             )
 
 

@@ -97,7 +97,7 @@ class EngineMetrics:
     num_step_rows: int = 0
     """Rows of all steps' buckets: `num_step_tokens` over it is the mean fill."""
     num_prompt_tokens: int = 0
-    """Of requests whose first token is out."""
+    """Of requests whose first token is out, and of texts that have their embeddings."""
     num_generation_tokens: int = 0
     num_finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
@@ -133,6 +133,10 @@ class EngineMetrics:
         self.num_prompt_tokens += num_prompt_tokens
         self.num_generation_tokens += num_tokens
         self.time_to_first_token_seconds.observe(ttft_s)
+
+    def observe_embedded(self, num_tokens: int) -> None:
+        """A text of this many tokens has its embedding."""
+        self.num_prompt_tokens += num_tokens
 
     def observe_finished(self, reason: FinishReason, usage: Usage) -> None:
         self.num_finished[reason] += 1

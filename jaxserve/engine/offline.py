@@ -7,7 +7,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxserve.engine.engine import Engine
+import numpy as np
+import numpy.typing as npt
+
+from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -31,6 +34,8 @@ class Completion:
     finish_reason: FinishReason
     stop_match: str | int | None
     usage: Usage
+    embedding: npt.NDArray[np.float32] | None = None
+    """`[E]`, an encoder's whole answer."""
 
 
 class QueueSink:
@@ -47,7 +52,7 @@ class QueueSink:
         return self._batches.get()
 
 
-def stream(engine: Engine, request: GenerationRequest) -> Iterator[RequestOutput]:
+def stream(engine: EngineCore, request: GenerationRequest) -> Iterator[RequestOutput]:
     """The outputs of one request. Leaving early aborts it."""
     sink = QueueSink()
     added = engine.add(request, sink)
@@ -63,7 +68,7 @@ def stream(engine: Engine, request: GenerationRequest) -> Iterator[RequestOutput
 
 
 def complete_in_order(
-    engine: Engine, requests: Iterable[GenerationRequest], *, max_ahead: int
+    engine: EngineCore, requests: Iterable[GenerationRequest], *, max_ahead: int
 ) -> Iterator[Completion]:
     """Runs requests with distinct ids together and yields them in their order.
 
@@ -123,4 +128,5 @@ def join_outputs(outputs: Sequence[RequestOutput]) -> Completion:
         finish_reason=last.finish_reason,
         stop_match=last.stop_match,
         usage=last.usage,
+        embedding=last.embedding,
     )

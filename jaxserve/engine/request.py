@@ -8,6 +8,9 @@ from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from jaxserve.engine.sampling_params import SamplingParams
 
 
@@ -15,7 +18,7 @@ class FinishReason(StrEnum):
     """Why a request ended. Every request ends with exactly one of these."""
 
     STOP = "stop"
-    """EOS, a stop id or a stop string."""
+    """EOS, a stop id or a stop string; an embedding that is complete."""
     LENGTH = "length"
     """max_tokens, or the context is full."""
     CANCELLED = "cancelled"
@@ -189,3 +192,5 @@ class RequestOutput:
     """The stop string or stop token id that ended it."""
     usage: Usage | None = None
     """On the last output only."""
+    embedding: npt.NDArray[np.float32] | None = None
+    """`[E]`, an encoder's whole answer."""

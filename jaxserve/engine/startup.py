@@ -7,10 +7,10 @@ program has run once and a prompt has been through a real step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -28,22 +28,22 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.live_weights import LiveWeights
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, tree_bytes
+from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.slots import SlotState, empty_slots, slot_state_shapes
 from jaxserve.engine.step import Params
+from jaxserve.errors import ConfigError
 from jaxserve.model_store import resolve
+from models.encoder_loading import is_encoder
 from models.loading import ModelSource, open_model
 from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
 from models.registry import get_family
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
-
-OnPhase = Callable[[str, float], None]
-"""Called with a phase's name and seconds when it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +80,6 @@ class RunningEngine:
             self.compiles.close()
 
 
-@dataclass(slots=True)
-class _Phases:
-    on_phase: OnPhase | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        self.record(name, perf_counter() - start)
-
-    def record(self, name: str, seconds: float) -> None:
-        self.seconds[name] = seconds
-        if self.on_phase is not None:
-            self.on_phase(name, seconds)
-
-
 def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> RunningEngine:
     """Starts an engine and returns it READY.
 
@@ -104,9 +87,9 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     whose message holds the fix.
     """
     start = perf_counter()
-    phases = _Phases(on_phase)
+    phases = Phases(on_phase)
     with phases.time("find model"):
-        source = open_model(resolve(config.model))
+        source = _open(config.model)
     with phases.time("start device"):
         device = jax.devices()[0]
     settings = resolve_settings(config, source.config, device)
@@ -148,9 +131,18 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     return RunningEngine(engine, tokenizer, source, report, counter, weights)
 
 
-def _load_and_compile(
-    source: ModelSource, settings: EngineSettings, phases: _Phases
-) -> JaxExecutor:
+def _open(model: str) -> ModelSource:
+    path = resolve(model)
+    if is_encoder(path):
+        raise ConfigError(
+            f"{model} is an encoder, which generates no text: make embeddings with `jaxserve "
+            f"embed {model} TEXT` or `jaxserve serve --model {model}`, or give a --model that "
+            "generates"
+        )
+    return open_model(path)
+
+
+def _load_and_compile(source: ModelSource, settings: EngineSettings, phases: Phases) -> JaxExecutor:
     """Weights, pool and programs, side by side."""
     with (
         ProgramBuild(program_spec(settings)) as build,

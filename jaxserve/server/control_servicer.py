@@ -9,7 +9,7 @@ from jaxserve.server import convert
 from jaxserve.server.state import Phase, ServerState
 from jaxserve.server.status import Context, end_with_status
 
-SCHEMA_REVISION = 2
+SCHEMA_REVISION = 3
 
 _STATES = {
     Phase.STARTING: pb.SERVER_STATE_STARTING,
@@ -62,6 +62,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 policy=card.policy,
                 max_prompt_bytes=serving.limits.max_prompt_bytes,
                 weights=serving.weights_name(),
+                embedding_size=card.embedding_size,
             )
         except Exception as error:
             await end_with_status(context, error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
@@ -25,10 +25,15 @@ from jaxserve.engine.sampling_params import (
 from jaxserve.errors import InvalidRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
 
+if TYPE_CHECKING:
+    from jaxserve.engine.encoder.texts import EncodedText
+
 MAX_REQUEST_ID_CHARS = 128
 MAX_CACHE_SALT_BYTES = 256
 MAX_CHAT_MESSAGES = 1024
 MAX_ROLE_BYTES = 64
+MAX_EMBED_TEXTS = 512
+"""Keeps a reply below the 4 MiB that a gRPC client accepts by default."""
 PROMPT_LOGPROBS_A_MESSAGE = 2048
 """Keeps a reply well below the 4 MiB that a gRPC client accepts by default."""
 
@@ -55,12 +60,18 @@ class PromptLimits:
     max_model_len: int
     max_prompt_bytes: int
     """Of text, before it is tokenised."""
+    max_texts: int = MAX_EMBED_TEXTS
+    """Of one Embed: no more than the queue could ever take."""
 
     @classmethod
-    def of_model(cls, vocab_size: int, max_model_len: int) -> PromptLimits:
+    def of_model(
+        cls, vocab_size: int, max_model_len: int, max_queued_requests: int = MAX_EMBED_TEXTS
+    ) -> PromptLimits:
         """A token of text rarely has more than 32 bytes; 1 MiB at most, so
         that tokenising stays a matter of a second."""
-        return cls(vocab_size, max_model_len, min(1 << 20, max(64 << 10, 32 * max_model_len)))
+        max_prompt_bytes = min(1 << 20, max(64 << 10, 32 * max_model_len))
+        max_texts = min(MAX_EMBED_TEXTS, max_queued_requests)
+        return cls(vocab_size, max_model_len, max_prompt_bytes, max_texts)
 
 
 def generate_fields() -> list[str]:
@@ -115,6 +126,16 @@ def check_request(request: pb.GenerateRequest, limits: PromptLimits) -> None:
     salt = request.cache.cache_salt.encode()
     _at_most("cache.cache_salt", len(salt), MAX_CACHE_SALT_BYTES, "bytes")
     check_prompt(request, limits)
+    refuse_unknown_fields(request)
+
+
+def check_embed_request(request: pb.EmbedRequest, limits: PromptLimits) -> None:
+    """Bounds the texts. Raises InvalidRequest naming the field."""
+    if not request.texts:
+        raise InvalidRequest("texts", "must not be empty")
+    _at_most("texts", len(request.texts), limits.max_texts, "texts")
+    for text in request.texts:
+        _at_most("texts", len(text.encode()), limits.max_prompt_bytes, "bytes in one text")
     refuse_unknown_fields(request)
 
 
@@ -282,6 +303,25 @@ def responses(output: RequestOutput) -> Iterator[pb.GenerateResponse]:
         response.usage.CopyFrom(_usage_message(output.usage))
     if response.ListFields():
         yield response
+
+
+def embed_response(
+    texts: Sequence[EncodedText], outputs: Sequence[RequestOutput]
+) -> pb.EmbedResponse:
+    """The reply for texts whose outputs all carry an embedding."""
+    response = pb.EmbedResponse()
+    for text, output in zip(texts, outputs, strict=True):
+        if output.embedding is None or output.usage is None:
+            raise ValueError(f"{output.request_id} has no embedding")
+        response.embeddings.add(
+            values=output.embedding.tolist(),
+            num_tokens=len(text.token_ids),
+            truncated=text.is_cut,
+        )
+        response.num_tokens += len(text.token_ids)
+        response.queue_s = max(response.queue_s, output.usage.queue_s)
+        response.e2e_s = max(response.e2e_s, output.usage.e2e_s)
+    return response
 
 
 def request_output(response: pb.GenerateResponse, request_id: str) -> RequestOutput:

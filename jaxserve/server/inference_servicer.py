@@ -1,15 +1,19 @@
-"""Inference: Generate, Tokenize, Abort."""
+"""Inference: Generate, Embed, Tokenize, Abort."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from functools import partial
 
-from jaxserve.engine.request import FinishReason, GenerationRequest
-from jaxserve.errors import InvalidRequest
+import grpc
+
+from jaxserve.engine.encoder.texts import tokenize_texts
+from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput
+from jaxserve.errors import InvalidRequest, NotAccepting
 from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.proto.v1 import inference_pb2_grpc
 from jaxserve.server import convert
@@ -35,11 +39,42 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         try:
             request_id = _request_id(request, context)
             serving = self._state.require_accepting()
+            serving.require_generation()
             generation = await self._accept(request, serving, request_id, context)
             await self._stream(generation, serving, context)
         except InvalidRequest as error:
             self._state.note_refusal(error)
             await end_with_status(context, _in_client_words(error, request))
+        except Exception as error:
+            self._state.note_refusal(error)
+            await end_with_status(context, error, request_id)
+
+    async def Embed(  # noqa: N802
+        self, request: pb.EmbedRequest, context: Context
+    ) -> pb.EmbedResponse:
+        request_id = uuid.uuid4().hex
+        try:
+            serving = self._state.require_accepting()
+            serving.require_embeddings()
+            convert.check_embed_request(request, serving.limits)
+            deadline_s = self._deadline_s(context)
+            loop = asyncio.get_running_loop()
+            tokenize = partial(
+                tokenize_texts,
+                serving.tokenizer,
+                tuple(request.texts),
+                max_tokens=serving.card.max_model_len,
+                truncate=request.truncate,
+            )
+            texts = await loop.run_in_executor(self._workers, tokenize)
+            requests = [
+                GenerationRequest(f"{request_id}-{index}", text.token_ids, deadline_s=deadline_s)
+                for index, text in enumerate(texts)
+            ]
+            await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+            outputs = await serving.async_engine.complete_all(requests)
+            await _end_unless_embedded(outputs, context, request_id)
+            return convert.embed_response(texts, outputs)
         except Exception as error:
             self._state.note_refusal(error)
             await end_with_status(context, error, request_id)
@@ -78,8 +113,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         convert.check_request(request, serving.limits)
         sampling = convert.sampling_params(request)
         sampling.validate(vocab_size=serving.limits.vocab_size)
-        remaining_s = context.time_remaining()
-        deadline_s = None if remaining_s is None else self._state.clock() + remaining_s
+        deadline_s = self._deadline_s(context)
         if request.WhichOneof("prompt") == "token_ids":
             token_ids = tuple(request.token_ids.ids)
         else:
@@ -91,6 +125,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             deadline_s=deadline_s,
             cache_salt=request.cache.cache_salt,
         )
+
+    def _deadline_s(self, context: Context) -> float | None:
+        """When the client's patience ends, on the engine's clock."""
+        remaining_s = context.time_remaining()
+        return None if remaining_s is None else self._state.clock() + remaining_s
 
     async def _stream(
         self, generation: GenerationRequest, serving: Serving, context: Context
@@ -123,6 +162,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return tuple(await loop.run_in_executor(self._workers, encode))
         except (ChatTemplateError, TokenizerError) as error:
             raise InvalidRequest("prompt", str(error)) from error
+
+
+async def _end_unless_embedded(
+    outputs: Sequence[RequestOutput], context: Context, request_id: str
+) -> None:
+    """Ends the call with a status when a text has no embedding."""
+    reasons = {output.finish_reason for output in outputs if output.embedding is None}
+    if FinishReason.ERROR in reasons:
+        await abort_internal(context, request_id)
+    if FinishReason.DEADLINE in reasons:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
+    if reasons:
+        raise NotAccepting("the server stopped before all texts were embedded: use another one")
 
 
 def _request_id(request: pb.GenerateRequest, context: Context) -> str:

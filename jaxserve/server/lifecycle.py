@@ -21,7 +21,10 @@ from jaxserve.server.metrics_http import MetricsServer
 from jaxserve.server.state import ModelCard, ServerState, Serving
 
 if TYPE_CHECKING:
+    from jaxserve.engine.encoder.startup import RunningEncoder
     from jaxserve.engine.startup import RunningEngine
+
+    Running = RunningEngine | RunningEncoder
 
 _T = TypeVar("_T")
 
@@ -93,8 +96,17 @@ class Server:
         return await asyncio.to_thread(self.state.serving.engine.stop)
 
 
-def serving_of(running: RunningEngine) -> Serving:
+def serving_of(running: Running) -> Serving:
     """What the front end needs of a running engine. Call it on the event loop."""
+    # Imported late: jax comes with it, and by now it is there.
+    from jaxserve.engine.encoder.startup import RunningEncoder
+
+    if isinstance(running, RunningEncoder):
+        return _serving_of_encoder(running)
+    return _serving_of_generator(running)
+
+
+def _serving_of_generator(running: RunningEngine) -> Serving:
     settings, model = running.report.settings, running.report.settings.model_config
     scheduler = settings.scheduler
     card = ModelCard(
@@ -123,11 +135,42 @@ def serving_of(running: RunningEngine) -> Serving:
     )
 
 
+def _serving_of_encoder(running: RunningEncoder) -> Serving:
+    settings, model = running.report.settings, running.report.settings.model_config
+    card = ModelCard(
+        name=running.report.model_name,
+        family=model.family,
+        vocab_size=model.vocab_size,
+        max_model_len=settings.max_tokens,
+        bos_token_id=running.tokenizer.bos_token_id,
+        eos_token_ids=running.tokenizer.eos_token_ids,
+        dtype=settings.dtype.name,
+        page_size=0,
+        num_pages=0,
+        max_num_seqs=settings.max_texts,
+        token_budget=settings.token_budget,
+        buckets=tuple(bucket.num_rows for bucket in settings.buckets),
+        policy="",
+        embedding_size=model.hidden_size,
+    )
+    return Serving(
+        engine=running.engine,
+        async_engine=AsyncEngine(running.engine, asyncio.get_running_loop()),
+        tokenizer=running.tokenizer,
+        card=card,
+        limits=PromptLimits.of_model(
+            model.vocab_size, settings.max_tokens, settings.max_queued_requests
+        ),
+        num_startup_compiles=running.report.num_compiles,
+        weights_name=lambda: running.report.model_name,
+    )
+
+
 async def run_until_signal(
     server: Server,
-    start: Callable[[], RunningEngine],
+    start: Callable[[], Running],
     *,
-    on_ready: Callable[[RunningEngine], None],
+    on_ready: Callable[[Running], None],
     on_drain: Callable[[], None],
 ) -> bool:
     """Serves until SIGTERM or SIGINT, then drains. A second signal is immediate.

@@ -23,9 +23,10 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 
 import jaxserve
+from jaxserve.engine.engine_core import EngineSnapshot
 from jaxserve.engine.metrics import Histogram
 from jaxserve.server.ports import listen_error
-from jaxserve.server.state import Phase, Refusal, ServerState, Serving
+from jaxserve.server.state import ModelCard, Phase, Refusal, ServerState, Serving
 
 REQUEST_TIMEOUT_S = 10.0
 """A client that sends nothing holds a thread no longer than this."""
@@ -71,28 +72,13 @@ class EngineCollector:
 def _engine_metrics(serving: Serving) -> Iterator[Metric]:
     load, metrics = serving.engine.snapshot(), serving.engine.metrics
     card = serving.card
-    num_held = load.num_pages_total - load.num_pages_free - load.num_pages_cached
-    yield InfoMetricFamily(
-        "jaxserve_cache_config",
-        "The KV cache",
-        value={
-            "page_size": str(card.page_size),
-            "num_pages": str(card.num_pages),
-            "dtype": card.dtype,
-        },
-    )
+    if load.num_pages_total:
+        yield from _cache_metrics(load, card)
     yield _gauge("num_requests_running", "Requests in the running batch", load.num_running)
     yield _gauge("num_requests_waiting", "Requests in the queue", load.num_waiting)
     yield _gauge("num_tokens_waiting", "Prompt tokens in the queue", load.num_waiting_tokens)
     yield _gauge("slots_used", "Slots that hold a running request", load.num_running)
     yield _gauge("slots_total", "Requests that can run at once", card.max_num_seqs)
-    yield _gauge(
-        "kv_cache_usage_perc", "Pages in use by requests, 0 to 1", num_held / load.num_pages_total
-    )
-    yield _gauge("kv_cache_pages_free", "Pages that hold nothing", load.num_pages_free)
-    yield _gauge(
-        "kv_cache_pages_cached", "Pages that only the prefix cache holds", load.num_pages_cached
-    )
     if load.last_step_age_s is not None:
         yield _gauge("last_step_age_seconds", "Since the last step", load.last_step_age_s)
     yield _gauge(
@@ -100,18 +86,9 @@ def _engine_metrics(serving: Serving) -> Iterator[Metric]:
         "How long the device has been at its step; large when it hangs, 0 when it has none",
         load.step_in_flight_s or 0.0,
     )
-    yield _counter("num_preemptions", "Requests that lost their pages", load.num_preemptions)
     yield _counter("steps", "Completed steps", load.num_steps)
     yield _counter("prompt_tokens", "Prompt tokens processed", metrics.num_prompt_tokens)
     yield _counter("generation_tokens", "Tokens generated", metrics.num_generation_tokens)
-    yield _counter(
-        "prefix_cache_queries",
-        "Prompt tokens looked up in the prefix cache",
-        load.prefix_cache_queries,
-    )
-    yield _counter(
-        "prefix_cache_hits", "Prompt tokens found in the prefix cache", load.prefix_cache_hits
-    )
     yield _counter(
         "unexpected_compiles",
         "Compilations since the server was ready; healthy is 0",
@@ -131,6 +108,36 @@ def _engine_metrics(serving: Serving) -> Iterator[Metric]:
     yield finished
     for name, text in _HISTOGRAMS.items():
         yield _histogram(name, text, getattr(metrics, name))
+
+
+def _cache_metrics(load: EngineSnapshot, card: ModelCard) -> Iterator[Metric]:
+    """Of the keys and values that a model keeps which generates."""
+    num_held = load.num_pages_total - load.num_pages_free - load.num_pages_cached
+    yield InfoMetricFamily(
+        "jaxserve_cache_config",
+        "The KV cache",
+        value={
+            "page_size": str(card.page_size),
+            "num_pages": str(card.num_pages),
+            "dtype": card.dtype,
+        },
+    )
+    yield _gauge(
+        "kv_cache_usage_perc", "Pages in use by requests, 0 to 1", num_held / load.num_pages_total
+    )
+    yield _gauge("kv_cache_pages_free", "Pages that hold nothing", load.num_pages_free)
+    yield _gauge(
+        "kv_cache_pages_cached", "Pages that only the prefix cache holds", load.num_pages_cached
+    )
+    yield _counter("num_preemptions", "Requests that lost their pages", load.num_preemptions)
+    yield _counter(
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache",
+        load.prefix_cache_queries,
+    )
+    yield _counter(
+        "prefix_cache_hits", "Prompt tokens found in the prefix cache", load.prefix_cache_hits
+    )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from jaxserve.errors import InvalidRequest, NotAccepting, QueueFull
+from jaxserve.errors import InvalidRequest, NotAccepting, NotSupported, QueueFull
 from jaxserve.server.convert import PromptLimits
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine
-    from jaxserve.engine.engine import Engine
+    from jaxserve.engine.engine_core import EngineCore
     from models.tokenizer import Tokenizer
 
 
@@ -34,12 +34,15 @@ class Refusal(StrEnum):
     QUEUE_FULL = "queue_full"
     NOT_ACCEPTING = "not_accepting"
     """The server starts or drains, or its engine has failed."""
+    NOT_SUPPORTED = "not_supported"
+    """Generate of an encoder, or Embed of a model that generates."""
 
 
 _REFUSALS = {
     InvalidRequest: Refusal.INVALID,
     QueueFull: Refusal.QUEUE_FULL,
     NotAccepting: Refusal.NOT_ACCEPTING,
+    NotSupported: Refusal.NOT_SUPPORTED,
 }
 
 
@@ -60,13 +63,16 @@ class ModelCard:
     token_budget: int
     buckets: tuple[int, ...]
     policy: str
+    embedding_size: int | None = None
+    """Numbers of an embedding; None for a model that generates. An encoder has no
+    pages and no policy: those fields are 0 and empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
     """A running engine and what the front end needs beside it."""
 
-    engine: Engine
+    engine: EngineCore
     async_engine: AsyncEngine
     tokenizer: Tokenizer
     card: ModelCard
@@ -74,6 +80,22 @@ class Serving:
     num_startup_compiles: int
     weights_name: Callable[[], str]
     """The version of the weights that a request which comes now will get."""
+
+    def require_generation(self) -> None:
+        """Raises NotSupported if the model is an encoder."""
+        if self.card.embedding_size is not None:
+            raise NotSupported(
+                f"{self.card.name} is an encoder, which generates no text: call Embed, or ask a "
+                "server whose --model generates"
+            )
+
+    def require_embeddings(self) -> None:
+        """Raises NotSupported if the model generates text."""
+        if self.card.embedding_size is None:
+            raise NotSupported(
+                f"{self.card.name} generates text and makes no embeddings: ask a server whose "
+                "--model is an encoder, such as all-minilm-l6-v2"
+            )
 
 
 @dataclass(slots=True)
@@ -86,7 +108,7 @@ class ServerState:
     serving: Serving | None = None
     draining: bool = False
     num_refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
-    """Requests to Generate that were not taken."""
+    """Requests to Generate and Embed that were not taken."""
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:

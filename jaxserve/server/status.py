@@ -13,7 +13,13 @@ import grpc
 import grpc.aio
 
 from jaxserve.engine.failure_log import log_failure
-from jaxserve.errors import InvalidRequest, NotAccepting, QueueFull, StreamTooSlow
+from jaxserve.errors import (
+    InvalidRequest,
+    NotAccepting,
+    NotSupported,
+    QueueFull,
+    StreamTooSlow,
+)
 from jaxserve.server.metadata import FIELD_KEY, RETRY_KEY
 
 RETRY_AFTER_MS = 1000
@@ -35,6 +41,8 @@ async def end_with_status(context: Context, error: Exception, request_id: str = 
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
     if isinstance(error, NotAccepting):
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    if isinstance(error, NotSupported):
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(error))
     if isinstance(error, grpc.aio.AbortError | grpc.aio.UsageError):
         raise error  # It has a status already, or the peer is gone.
     log_failure(_log, f"request {request_id} failed", error)

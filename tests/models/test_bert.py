@@ -119,6 +119,38 @@ def test_pooling_other_than_the_mean_is_refused(tmp_path: Path) -> None:
     assert open_encoder(folder).max_tokens == 12
 
 
+def test_a_folder_says_whether_its_vectors_have_length_one(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(FOLDER, folder)
+    assert open_encoder(folder).normalizes
+    modules = [
+        {"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling")
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert not open_encoder(folder).normalizes
+    modules.append({"type": "sentence_transformers.models.Normalize"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert open_encoder(folder).normalizes
+    modules.append({"type": "sentence_transformers.models.Dense"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(FormatError, match=r"modules\.json: Dense is not supported"):
+        open_encoder(folder)
+    (folder / "modules.json").write_text("{}")
+    with pytest.raises(FormatError, match="must hold a list of JSON objects"):
+        open_encoder(folder)
+
+
+def test_means_that_are_not_normalised(golden: Any) -> None:
+    encoder = open_encoder(FOLDER)
+    params = encoder.load_params(jnp.float32)
+    run = jax.jit(
+        lambda params, *batch: bert.embed_texts(params, encoder.config, *batch, normalize=False)
+    )
+    vectors = np.asarray(run(params, golden["token_ids"], golden["num_tokens"]))
+    means = golden["rows"].sum(axis=1) / golden["num_tokens"][:, None]
+    np.testing.assert_allclose(vectors, means, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.long
 @pytest.mark.real_model
 def test_minilm_embeddings_equal_those_of_transformers() -> None:

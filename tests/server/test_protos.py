@@ -31,7 +31,7 @@ def test_required_runtimes_are_those_of_the_generated_code():
 def test_every_request_field_tells_absent_from_zero():
     """Scalars of a request have presence, except those that are required."""
     required = {"TextPrompt.text", "ChatMessage.role", "ChatMessage.content"}
-    for name in ("GenerateRequest", *REQUEST_PARTS):
+    for name in ("GenerateRequest", "EmbedRequest", *REQUEST_PARTS):
         for field in inference_pb2.DESCRIPTOR.message_types_by_name[name].fields:
             path = f"{name}.{field.name}"
             assert field.has_presence or field.is_repeated or path in required, path

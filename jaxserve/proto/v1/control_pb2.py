@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fjaxserve/proto/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\x95\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fschema_revision\x18\x02 \x01(\r\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.jaxserve.v1.ServerState\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x17\n\x0fgenerate_fields\x18\x05 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xea\x02\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x14\n\x0ctoken_budget\x18\x0c \x01(\r\x12\x0f\n\x07\x62uckets\x18\r \x03(\r\x12\x0e\n\x06policy\x18\x0e \x01(\t\x12\x18\n\x10max_prompt_bytes\x18\x0f \x01(\r\x12\x0f\n\x07weights\x18\x10 \x01(\tB\x0f\n\r_bos_token_id\"\x10\n\x0eGetLoadRequest\"\xa2\x02\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x16\n\x0enum_pages_free\x18\x04 \x01(\r\x12\x18\n\x10num_pages_cached\x18\x05 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1c\n\x0flast_step_age_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12 \n\x18num_compiles_after_ready\x18\n \x01(\x04\x42\x12\n\x10_last_step_age_s*\x94\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x19\n\x15SERVER_STATE_DEGRADED\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32\xfc\x01\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.jaxserve.v1.GetLoadRequest\x1a\x1c.jaxserve.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fjaxserve/proto/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\x95\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fschema_revision\x18\x02 \x01(\r\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.jaxserve.v1.ServerState\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x17\n\x0fgenerate_fields\x18\x05 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\x9a\x03\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x14\n\x0ctoken_budget\x18\x0c \x01(\r\x12\x0f\n\x07\x62uckets\x18\r \x03(\r\x12\x0e\n\x06policy\x18\x0e \x01(\t\x12\x18\n\x10max_prompt_bytes\x18\x0f \x01(\r\x12\x0f\n\x07weights\x18\x10 \x01(\t\x12\x1b\n\x0e\x65mbedding_size\x18\x11 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_bos_token_idB\x11\n\x0f_embedding_size\"\x10\n\x0eGetLoadRequest\"\xa2\x02\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x16\n\x0enum_pages_free\x18\x04 \x01(\r\x12\x18\n\x10num_pages_cached\x18\x05 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1c\n\x0flast_step_age_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12 \n\x18num_compiles_after_ready\x18\n \x01(\x04\x42\x12\n\x10_last_step_age_s*\x94\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x19\n\x15SERVER_STATE_DEGRADED\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32\xfc\x01\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.jaxserve.v1.GetLoadRequest\x1a\x1c.jaxserve.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxserve.proto.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVERSTATE']._serialized_start=924
-  _globals['_SERVERSTATE']._serialized_end=1072
+  _globals['_SERVERSTATE']._serialized_start=972
+  _globals['_SERVERSTATE']._serialized_end=1120
   _globals['_GETSERVERINFOREQUEST']._serialized_start=48
   _globals['_GETSERVERINFOREQUEST']._serialized_end=70
   _globals['_GETSERVERINFORESPONSE']._serialized_start=73
@@ -40,11 +40,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFOREQUEST']._serialized_start=224
   _globals['_GETMODELINFOREQUEST']._serialized_end=245
   _globals['_GETMODELINFORESPONSE']._serialized_start=248
-  _globals['_GETMODELINFORESPONSE']._serialized_end=610
-  _globals['_GETLOADREQUEST']._serialized_start=612
-  _globals['_GETLOADREQUEST']._serialized_end=628
-  _globals['_GETLOADRESPONSE']._serialized_start=631
-  _globals['_GETLOADRESPONSE']._serialized_end=921
-  _globals['_CONTROL']._serialized_start=1075
-  _globals['_CONTROL']._serialized_end=1327
+  _globals['_GETMODELINFORESPONSE']._serialized_end=658
+  _globals['_GETLOADREQUEST']._serialized_start=660
+  _globals['_GETLOADREQUEST']._serialized_end=676
+  _globals['_GETLOADRESPONSE']._serialized_start=679
+  _globals['_GETLOADRESPONSE']._serialized_end=969
+  _globals['_CONTROL']._serialized_start=1123
+  _globals['_CONTROL']._serialized_end=1375
 # @@protoc_insertion_point(module_scope)

@@ -44,7 +44,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("name", "family", "vocab_size", "max_model_len", "bos_token_id", "eos_token_ids", "has_chat_template", "dtype", "page_size", "num_pages", "max_num_seqs", "token_budget", "buckets", "policy", "max_prompt_bytes", "weights")
+    __slots__ = ("name", "family", "vocab_size", "max_model_len", "bos_token_id", "eos_token_ids", "has_chat_template", "dtype", "page_size", "num_pages", "max_num_seqs", "token_budget", "buckets", "policy", "max_prompt_bytes", "weights", "embedding_size")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class GetModelInfoResponse(_message.Message):
     POLICY_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_SIZE_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     vocab_size: int
@@ -77,7 +78,8 @@ class GetModelInfoResponse(_message.Message):
     policy: str
     max_prompt_bytes: int
     weights: str
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., dtype: _Optional[str] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., token_budget: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ..., policy: _Optional[str] = ..., max_prompt_bytes: _Optional[int] = ..., weights: _Optional[str] = ...) -> None: ...
+    embedding_size: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., dtype: _Optional[str] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., token_budget: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ..., policy: _Optional[str] = ..., max_prompt_bytes: _Optional[int] = ..., weights: _Optional[str] = ..., embedding_size: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

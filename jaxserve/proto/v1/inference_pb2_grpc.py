@@ -39,6 +39,11 @@ class InferenceStub:
                 request_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/jaxserve.v1.Inference/Embed',
+                request_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxserve.v1.Inference/Tokenize',
                 request_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -62,8 +67,17 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Makes one vector of each text. Cancelling the call, or its deadline, drops
+        the texts that no step has taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
-        """Turns text or chat messages into the token ids that Generate would use.
+        """Turns text or chat messages into the token ids that Generate would use, or
+        Embed for a text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +98,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -123,6 +142,33 @@ class Inference:
             '/jaxserve.v1.Inference/Generate',
             jaxserve_dot_proto_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             jaxserve_dot_proto_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Embed',
+            jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,12 @@ _OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Kind -> (options it needs, options it may have) of those not shared by all."""
 
+
+def options_of(kind: Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a kind needs, and what it may have, of the options that not all kinds share."""
+    return _OPTIONS[kind]
+
+
 _LENGTHS = ("total", "warmup", "decay", "timescale", "rewarm", "boundaries", "rewarm_at")
 
 

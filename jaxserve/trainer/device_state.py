@@ -20,6 +20,7 @@ from jaxserve.trainer.step_config import OptimizerConfig, Sharding
 from jaxserve.trainer.world import Range
 
 EMA = "ema"
+PROBE_START = "probe_start"
 NEXT_STEP = "progress/next_step"
 NUM_TOKENS = "progress/num_tokens"
 DECISION = "decision"
@@ -34,12 +35,15 @@ class DeviceState:
         blocks: the blocks of the vectors that it holds; beyond the vector's end they are zero.
         moments: master parameters, the optimizer's state and the average.
         decision: what decisions remember.
+        start: of a rate that tunes itself, the master parameters when it was last probed; else
+            None. Updates since then are what the next probe measures.
     """
 
     device: jax.Device
     blocks: Range
     moments: Moments
     decision: DecisionState
+    start: jax.Array | None
 
 
 class StateCarrier:
@@ -75,7 +79,7 @@ class StateCarrier:
         layout = self.layout
         buffer = np.zeros(layout.size_bytes, np.uint8)
         leaves = named_leaves(params)
-        for name in (PARAMS, EMA) if EMA in layout.vectors else (PARAMS,):
+        for name in (one for one in (PARAMS, EMA, PROBE_START) if one in layout.vectors):
             values = layout.vector(buffer, name).reshape(-1)
             for leaf in layout.flat.leaves:
                 first = layout.flat.offsets[leaf.name]
@@ -108,7 +112,7 @@ class StateCarrier:
         """Writes what `ranges` names."""
         for place, state in zip(self._exchange.local, states, strict=True):
             chunk = self._exchange.chunk_of(place)
-            for name, array in self._vectors_of(state.moments).items():
+            for name, array in self._vectors_of(state).items():
                 first = chunk.first - state.blocks.first
                 held = np.asarray(array)[first : first + len(chunk)]
                 self.layout.vector(buffer, name)[chunk.first : chunk.end] = held
@@ -161,14 +165,19 @@ class StateCarrier:
             [scalar(name) for name in self._decision_names],
         )
         moments = Moments(vector(PARAMS), opt_state, ema)
-        return DeviceState(device, Range(chunk.first, chunk.first + held), moments, decision)
+        blocks = Range(chunk.first, chunk.first + held)
+        start = vector(PROBE_START) if PROBE_START in layout.vectors else None
+        return DeviceState(device, blocks, moments, decision, start)
 
-    def _vectors_of(self, moments: Moments) -> dict[str, jax.Array]:
+    def _vectors_of(self, state: DeviceState) -> dict[str, jax.Array]:
+        moments = state.moments
         leaves = jax.tree.leaves(moments.opt_state)
         named = dict(zip(self._optimizer.names, leaves, strict=True))
         vectors = {name: named[name] for name in self._optimizer.vectors}
         if moments.ema is not None:
             vectors[EMA] = moments.ema
+        if state.start is not None:
+            vectors[PROBE_START] = state.start
         return {PARAMS: moments.master, **vectors}
 
     def _store_scalars(
@@ -186,7 +195,11 @@ class StateCarrier:
 def _layout(
     flat: FlatVector, optimizer: OptimizerState, decision: DecisionState, has_ema: bool
 ) -> StateLayout:
-    vectors = (PARAMS, *optimizer.vectors, *((EMA,) if has_ema else ()))
+    vectors = (PARAMS, *optimizer.vectors)
+    if has_ema:
+        vectors += (EMA,)
+    if decision.tuner is not None:
+        vectors += (PROBE_START,)
     scalars = [*optimizer.scalar_specs()]
     for name, leaf in zip(_names(decision), jax.tree.leaves(decision), strict=True):
         scalars.append(Scalar(name, leaf.shape, leaf.dtype.name))

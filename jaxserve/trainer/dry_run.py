@@ -15,6 +15,7 @@ from jaxserve.trainer.step_config import OPTIMIZER_OPTIONS
 from models.loading import open_model
 from models.lora import LoraConfig
 from models.registry import get_family
+from schedules import TunerConfig
 
 _NUM_MOMENTS = {"sgd": 1, "lion": 1, "rmsprop": 1, "adagrad": 1, "amsgrad": 3}
 """Vectors of the parameters' size that an optimizer keeps; 2 for the others."""
@@ -37,7 +38,8 @@ def plan_of(config: TrainConfig) -> dict[str, Any]:
     flat = flat_vector_of(abstract_trainable(model, adapters), config.optimizer.decayed)
     num_model = _num_parameters(get_family(model.family).abstract_params(model, "float32"))
     ema = config.optimizer.ema_decay is not None
-    num_vectors = 1 + _NUM_MOMENTS.get(config.optimizer.name, 2) + int(ema)
+    is_tuned = isinstance(config.parsed_schedule, TunerConfig)  # keeps where its last probe was
+    num_vectors = 1 + _NUM_MOMENTS.get(config.optimizer.name, 2) + int(ema) + int(is_tuned)
     vector_bytes = flat.num_blocks * flat.block_size * 4
     state_bytes = num_vectors * vector_bytes
     tokens_per_step = world.global_batch_size * world.seq_len

@@ -233,6 +233,7 @@ class GenerationRun:
             self._committed_at_s = now_s
         else:
             goodput.move(record["data_wait_s"], "step", "data_wait")
+            goodput.move(record["probe_s"], "step", "lr_probe")
         if record["verdict"] == "rollback":
             self._end("rollback", record.get("reason", ""), record["rollback_to"])
             self._services.quarantined_ids.update(record["suspect_ids"])
@@ -380,7 +381,8 @@ class GenerationRun:
                       "room on the disk and start the same command again")  # fmt: skip
 
     def _step_line(self, record: dict[str, Any]) -> dict[str, Any]:
-        fields = {name: value for name, value in record.items() if name != "data_wait_s"}
+        hidden = ("data_wait_s", "probe_s")
+        fields = {name: value for name, value in record.items() if name not in hidden}
         return {
             "kind": "step",
             "generation": self._generation.number,

@@ -10,6 +10,7 @@ Category = Literal[
     "compile",
     "step",
     "data_wait",
+    "lr_probe",
     "evaluation",
     "ckpt_stall",
     "lost_work",
@@ -19,8 +20,8 @@ Category = Literal[
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 """`step` is the good part. `init`: until the first generation's trainers are ready; `compile`:
 from there to its first step; `restart`: the same two of later generations, and ending the one
-before; `lost_work`: steps computed and not kept; `ckpt_stall`: trainers waiting for the disk;
-`idle`: waiting between failures, and the end."""
+before; `lr_probe`: probes of a rate that tunes itself; `lost_work`: steps computed and not kept;
+`ckpt_stall`: trainers waiting for the disk; `idle`: waiting between failures, and the end."""
 
 
 class Goodput:

@@ -158,24 +158,6 @@ def apply_update(
     return kept, copy
 
 
-@partial(jax.jit, static_argnums=0)
-def trial_master(
-    spec: UpdateSpec,
-    moments: Moments,
-    gradient: jax.Array,
-    decision: Decision,
-    first_block: jax.Array,
-    rates: jax.Array,
-    place: jax.Array,
-) -> jax.Array:
-    """Parameters, in `param_dtype`, as an update at `rates[place]` would make them.
-
-    Changes nothing. The other arguments are those of `apply_update`.
-    """
-    direction, _ = _descend(spec, moments, gradient, decision, first_block)
-    return (moments.master - rates[place] * direction).astype(spec.param_dtype)
-
-
 def _descend(
     spec: UpdateSpec,
     moments: Moments,

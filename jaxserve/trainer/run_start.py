@@ -184,8 +184,9 @@ class _Start:
                 next_step=services.config.total_steps,
                 goodput=services.goodput.summary(),
             )
-            if services.config.logging.plot:
-                _plot(services)
+        _tell_probes(services)
+        if services.config.logging.plot:
+            _plot(services)
         return code
 
     def _supervise(self, host: LocalHost) -> int:
@@ -282,6 +283,14 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 def compilation_cache_dir(config: TrainConfig) -> str:
     """Where trainers keep compiled programs."""
     return config.compilation_cache_dir or str(default_root() / "xla")
+
+
+def _tell_probes(services: RunServices) -> None:
+    """What a rate that tunes itself has cost since this start."""
+    seconds = services.goodput.seconds()
+    if probes_s := seconds["lr_probe"]:
+        share = probes_s / (probes_s + seconds["step"])
+        services.view.say(f"probes of the learning rate: {probes_s:.1f} s, {share:.1%} of training")
 
 
 def _plot(services: RunServices) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxserve.trainer.config_file import build
 from jaxserve.trainer.errors import TrainConfigError
-from schedules.config import Kind, ScheduleConfig
+from schedules.config import Kind, ScheduleConfig, options_of
 from schedules.tuner_config import TunerConfig, Variant
 
 PLAIN = typing.get_args(Kind)
 TUNED = typing.get_args(Variant)
+_TUNER_FIELDS = tuple(one.name for one in dataclasses.fields(TunerConfig) if one.name != "variant")
 TUNER_START_FRACTION = 1 / 64
 """With `--lr-schedule auto` on a config that has a peak: where the tuner starts from."""
 
@@ -58,30 +59,42 @@ def parse_schedule(
 def with_kind(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The same peak and warm-up under another kind, as `--lr-schedule` asks for.
 
-    Fields of the former kind alone are left out. A tuned one starts at 1/64 of the peak.
+    Fields that the kind does not use are left out. A tuned one starts at 1/64 of the peak.
 
     Raises:
-        TrainConfigError: there is no such kind, or a tuned schedule has no peak to take over.
+        TrainConfigError: there is no such kind, it needs more than there is, or a tuned schedule
+            has no peak to take over.
     """
     if kind == table.get("kind", "knee"):
         return dict(table)
     if kind in TUNED:
         if table.get("kind") in TUNED:
             return {**table, "kind": kind}
-        if "peak_value" not in table:
-            raise TrainConfigError("--lr-schedule needs schedule.peak_value in the config")
-        return {"kind": kind, "initial_lr": table["peak_value"] * TUNER_START_FRACTION}
+        own = {name: table[name] for name in _TUNER_FIELDS if name in table}
+        if "initial_lr" not in own:
+            if "peak_value" not in table:
+                raise TrainConfigError("--lr-schedule needs schedule.peak_value in the config")
+            own["initial_lr"] = table["peak_value"] * TUNER_START_FRACTION
+        return {"kind": kind, **own}
     if kind not in PLAIN:
         raise TrainConfigError(
             f"--lr-schedule {kind}: there is no such schedule; choose one of "
             f"{', '.join(PLAIN + TUNED)}"
         )
-    shared = ("peak_value", "warmup", "unit", "tokens_per_step", "total", "count_from")
+    needed, allowed = options_of(cast(Kind, kind))
+    kept: tuple[str, ...] = ("peak_value", "warmup", "unit", "tokens_per_step", "total")
+    kept += ("init_value", "count_from", "rewarm_at", "rewarm")
     if "peak_value" not in table:
         raise TrainConfigError(
             f"--lr-schedule {kind} needs a peak: give --set schedule.peak_value=..., too"
         )
-    return {"kind": kind, **{name: table[name] for name in shared if name in table}}
+    if missing := [name for name in needed if name != "total" and name not in table]:
+        options = " ".join(f"--set schedule.{name}=..." for name in missing)
+        raise TrainConfigError(f"--lr-schedule {kind} needs {', '.join(missing)}: give {options}")
+    return {
+        "kind": kind,
+        **{name: table[name] for name in kept + needed + allowed if name in table},
+    }
 
 
 def _build(kind: type[Any], fields: Mapping[str, Any], source: str) -> Any:

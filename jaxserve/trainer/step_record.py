@@ -34,6 +34,7 @@ class StepRecord:
         rollback_to: the step to go on from; of "rollback" only.
         suspect_ids: example ids that may have caused it.
         data_wait_s: time spent waiting for rows.
+        probe_s: time spent on probes of a rate that tunes itself.
         corrupted_device: what a replay of a shard on another device found wrong, if anything;
             the step was computed again without it.
         params_digest: of the parameters after the step, see `params_digest.py`; every so many
@@ -53,6 +54,7 @@ class StepRecord:
     rollback_to: int | None = None
     suspect_ids: tuple[int, ...] = ()
     data_wait_s: float = 0.0
+    probe_s: float = 0.0
     corrupted_device: str | None = None
     params_digest: str | None = None
 

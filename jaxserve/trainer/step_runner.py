@@ -184,6 +184,7 @@ class StepRunner:
         """
         if not self._states or step != self._next_step:
             raise ValueError(f"step {step}, but the state is at step {self._next_step}")
+        probe_s = self._probe(step)
         world = self.world
         batch = self._reader.read(world.first_index(step))
         (chunks, losses), fault = self._gradients(batch, step)
@@ -191,8 +192,6 @@ class StepRunner:
         gradients = list(chunks)
         if self.config.sharding == "replicated":
             gradients = self._exchange.gather(chunks)
-        if isinstance(self._decision.rate, TunerConfig):
-            self._probe(self._decision.rate, step, gradients, self._decide(squares, losses, step))
         decided = self._decide(squares, losses, step)
         decisions = [decision for decision, _ in decided]
         for state, (_, remembered) in zip(self._states, decided, strict=True):
@@ -204,7 +203,9 @@ class StepRunner:
         self._next_step = step + 1
         self._num_tokens += batch.num_tokens
         record = dataclasses.replace(
-            self._record(step, batch, decisions[0], losses[0]), params_digest=self._digest(step)
+            self._record(step, batch, decisions[0], losses[0]),
+            params_digest=self._digest(step),
+            probe_s=probe_s,
         )
         return record if fault is None else dataclasses.replace(record, corrupted_device=fault)
 
@@ -279,26 +280,22 @@ class StepRunner:
             for state, square, loss in zip(self._states, squares, losses, strict=True)
         ]
 
-    def _probe(
-        self,
-        config: TunerConfig,
-        step: int,
-        gradients: Sequence[jax.Array],
-        decided: Sequence[tuple[Decision, DecisionState]],
-    ) -> None:
+    def _probe(self, step: int) -> float:
+        """What a rate that tunes itself measures before the update of `step`. Seconds spent."""
+        config, seconds = self._decision.rate, 0.0
+        if not isinstance(config, TunerConfig):
+            return seconds
         for position in positions_before(config, self._states[0], step):
             index = first_probe_index(self.world, config, step, position)
             batch = self._probe_reader.read_once(index)
-            probe(
-                config,
-                self._update,
-                self._states,
-                gradients,
-                [decision for decision, _ in decided],
-                lambda held, batch=batch: self._loss(  # type: ignore[misc]
-                    self._trees_of(held), batch.packed, batch.num_tokens
-                ),
-            )
+            if self.config.sharding == "fsdp":
+                self._params = None
+
+            def loss_at(held: list[jax.Array], batch: Batch = batch) -> list[jax.Array]:
+                return self._loss(self._trees_of(held), batch.packed, batch.num_tokens)
+
+            seconds += probe(config, self.config.param_dtype, self._states, loss_at)
+        return seconds
 
     def _apply(self, gradients: Sequence[jax.Array], decisions: Sequence[Decision]) -> None:
         copies: list[jax.Array] = []

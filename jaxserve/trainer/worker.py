@@ -292,6 +292,7 @@ def step_fields(record: StepRecord) -> dict[str, Any]:
         "num_tokens": record.num_tokens,
         "verdict": record.verdict,
         "data_wait_s": round(record.data_wait_s, 6),
+        "probe_s": round(record.probe_s, 6),
     }
     if record.reason:
         fields["reason"] = record.reason

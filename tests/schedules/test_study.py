@@ -122,6 +122,9 @@ def test_tables_need_their_place(tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text("# Nothing\n")
     digits = {
+        "plan": {"seeds": [0, 1, 2], "tuning_seeds": [100, 101]},
+        "run": {"machine": "abacus", "date": "2000-01-01", "wall_s": 2.0, "cpu_s": 3.0},
+        "num_tuning_runs": 2,
         "schedules": {
             "cosine": {"tuning": {"0.1": [1.0, 2.0]}, "peak": 0.1, "test_losses": [1.0, 2.0]}
         },
@@ -130,10 +133,11 @@ def test_tables_need_their_place(tmp_path: Path) -> None:
         },
         "correlations": {},
     }
-    with pytest.raises(ValueError, match="digits-tuning"):
+    with pytest.raises(ValueError, match="digits-setup"):
         write_tables(document, {"digits": digits})
-    names = ("tuning", "losses", "explore")
+    names = ("setup", "tuning", "losses", "explore")
     document.write_text("".join(f"<!-- table digits-{n} -->\nold\n<!-- end -->\n" for n in names))
     write_tables(document, {"digits": digits})
     assert "old" not in document.read_text()
     assert "| cosine | **1.5000** |" in document.read_text()
+    assert "| seeds | results 0 to 2; tuning 100, 101 |" in document.read_text()

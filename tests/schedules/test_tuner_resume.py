@@ -12,13 +12,14 @@ import pytest
 
 import schedules
 from schedules.tuner_state import DECAY, tuner_state
-from tests.schedules.tuned_run import CONFIG, Run
+from tests.schedules.tuned_run import CONFIG, Along, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_stopped_at_any_tick(tmp_path: Path) -> None:
-    run, rates = Run(1), {}
+@pytest.mark.parametrize("along", ["path", pytest.param("update", marks=pytest.mark.long)])
+def test_stopped_at_any_tick(tmp_path: Path, along: Along) -> None:
+    run, rates = Run(1, along), {}
     for number, tick in enumerate(run.ticks()):
         run.save(tmp_path / f"{number}.npz")
         rates[tick] = (number, np.asarray(schedules.current_lr(run.opt_state)).tobytes())

@@ -1,14 +1,15 @@
 """A run with a tuned rate that can stop anywhere, inside a probe too, and go on elsewhere.
 
-Parameters and moments are sharded over the mesh; the loss and its gradient are
-computed on gathered parameters, so that no sum depends on the number of devices.
+It probes along one update's direction, or along the path since the last probe. Parameters
+and moments are sharded over the mesh; the loss and its gradient are computed on gathered
+parameters, so that no sum depends on the number of devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import schedules
 from schedules import TunerConfig
 
+Along = Literal["update", "path"]
 CONFIG = TunerConfig(total_steps=60, initial_lr=1e-4, probe_every=3, num_batches=3)
 FEATURES, HIDDEN = 16, 32
 
@@ -26,7 +28,8 @@ FEATURES, HIDDEN = 16, 32
 class Run:
     """Trains a small network; `ticks` stops after every probe batch and every update."""
 
-    def __init__(self, num_devices: int, config: TunerConfig = CONFIG) -> None:
+    def __init__(self, num_devices: int, along: Along, config: TunerConfig = CONFIG) -> None:
+        self.along = along
         self.config = config
         mesh = Mesh(np.asarray(jax.devices()[:num_devices]), ("shard",))
         self.sharded = NamedSharding(mesh, PartitionSpec("shard"))
@@ -40,18 +43,28 @@ class Run:
             "w": rng.normal(size=(FEATURES, HIDDEN)).astype(np.float32) / 4,
             "v": rng.normal(size=(HIDDEN,)).astype(np.float32) / 6,
         }
-        self._place(params, self.optimizer.init(jax.tree.map(jnp.asarray, params)))
+        self._place(params, self.optimizer.init(jax.tree.map(jnp.asarray, params)), params)
         self.direction_of = schedules.probe_direction(self.optimizer, self._loss)
+        self.path_of = jax.jit(schedules.path_direction)
         self.probe_step = schedules.probe_step(self._loss, config)
         self.train_step = jax.jit(self._train)
 
-    def _place(self, params: Any, opt_state: Any) -> None:
+    def _place(self, params: Any, opt_state: Any, start: Any) -> None:
         def put(array: Any) -> jax.Array:
             array = np.asarray(array)
             is_parameter = array.shape[:1] in ((FEATURES,), (HIDDEN,)) and array.size >= HIDDEN
             return jax.device_put(array, self.sharded if is_parameter else self.whole)
 
-        self.params, self.opt_state = jax.tree.map(put, (params, opt_state))
+        self._state = jax.tree.map(put, (params, opt_state, start))
+
+    @property
+    def _state(self) -> Any:
+        """All that a checkpoint holds but the step."""
+        return self.params, self.opt_state, self.start
+
+    @_state.setter
+    def _state(self, state: Any) -> None:
+        self.params, self.opt_state, self.start = state
 
     def _loss(self, params: Any, batch: Any) -> jax.Array:
         gathered = jax.lax.with_sharding_constraint(params, self.whole)
@@ -75,11 +88,14 @@ class Run:
         while self.step < self.config.total_steps:
             train_batch = self._batch(1, self.step)
             for position in schedules.probe_positions(self.opt_state, self.config, self.step):
-                direction = self.direction_of(self.params, self.opt_state, train_batch)
                 probe_batch = self._batch(2, self.step, position)
-                self.opt_state = self.probe_step(
-                    self.params, self.opt_state, direction, probe_batch
-                )
+                if self.along == "path":
+                    begin, way = self.start, self.path_of(self.params, self.start, self.opt_state)
+                else:
+                    begin = self.params
+                    way = self.direction_of(self.params, self.opt_state, train_batch)
+                self.opt_state = self.probe_step(begin, self.opt_state, way, probe_batch)
+                self.start = self.params
                 yield self.step, position + 1
             self.params, self.opt_state = self.train_step(self.params, self.opt_state, train_batch)
             self.step += 1
@@ -92,27 +108,28 @@ class Run:
         return self.bits()
 
     def bits(self) -> bytes:
-        leaves = jax.tree.leaves((self.params, self.opt_state))
+        leaves = jax.tree.leaves(self._state)
         return b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
 
     def save(self, path: Path) -> None:
-        leaves = jax.tree.leaves((self.params, self.opt_state))
+        leaves = jax.tree.leaves(self._state)
         np.savez(path, step=self.step, **{str(i): leaf for i, leaf in enumerate(leaves)})
 
     def restore(self, path: Path) -> None:
         with np.load(path) as saved:
             self.step = int(saved["step"])
-            structure = jax.tree.structure((self.params, self.opt_state))
+            structure = jax.tree.structure(self._state)
             leaves = [saved[str(i)] for i in range(structure.num_leaves)]
         self._place(*jax.tree.unflatten(structure, leaves))
 
 
 def main(folder: Path) -> None:
     """On 8 devices: the same bits on any number, and after a stop and a move to any other."""
-    wanted = Run(1).finish()
-    for num_devices in (2, 8):
-        assert Run(num_devices).finish() == wanted, f"{num_devices} devices"
-    run, wide, narrow = Run(8), Run(8), Run(2)
+    for along in get_args(Along):
+        wanted = Run(1, along).finish()
+        for num_devices in (2, 8):
+            assert Run(num_devices, along).finish() == wanted, f"{num_devices} devices"
+    run, wide, narrow = Run(8, along), Run(8, along), Run(2, along)
     for number, (step, done) in enumerate(run.ticks()):
         if 12 <= step <= 15 and (done or step == 13):
             assert len(run.params["w"].sharding.device_set) == 8

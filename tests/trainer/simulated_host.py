@@ -303,7 +303,7 @@ class SimulatedGeneration:
     def _record(self, step: int) -> dict[str, Any]:
         return {"step": step, "ids_sha256": ids_sha256(step), "loss_hex": "3f800000",
                 "grad_norm_hex": "00000000", "lr_hex": "00000000", "num_tokens": 1,
-                "verdict": "applied", "data_wait_s": 0.0}  # fmt: skip
+                "verdict": "applied", "data_wait_s": 0.0, "probe_s": 0.0}  # fmt: skip
 
     def _snapshot(self, number: int, rank: _Rank) -> None:
         # All ranks are at this step's end: the state is that of `rank.step`.

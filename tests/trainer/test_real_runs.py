@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import statistics
 import threading
@@ -196,6 +197,39 @@ def test_sigterm_in_every_phase(make_run: MakeRun, reference: Run) -> None:
         assert kinds(run.checked())["stop"] == starts
     run.train(1, DROPOUT)
     assert kinds(assert_same(run, reference))["rollback"] == 0
+
+
+@pytest.mark.long
+def test_killed_while_the_rate_tunes_itself(make_run: MakeRun) -> None:
+    """From a checkpoint and from a snapshot inside the ramp: the same rates, the same bits."""
+    tuned = 'kind = "auto"\ninitial_lr = 1e-4\nprobe_every = 8\nnum_batches = 2\n'
+    tuned += "min_ramp_fraction = 0.8\nmax_ramp_fraction = 0.9\n"
+    runs = [make_run(name, total_steps=80, is_toy=False) for name in ("whole", "killed")]
+    for run in runs:
+        text = run.config.read_text()
+        replaced = re.sub(r'kind = "cosine".*?(?=\[durability\])', tuned, text, flags=re.S)
+        assert replaced != text
+        run.config.write_text(replaced)
+    whole, run = runs
+    said = whole.train(1, DROPOUT)
+    assert "probes of the learning rate: " in said
+    run.start(2, DROPOUT, "durability.checkpoint_every=4")
+    run.wait_for_step(9)
+    pids = run.trainer_pids()
+    run.kill(signal.SIGKILL)
+    run.finish()
+    wait_for_death(pids)
+    done = len(committed(run.records()))
+    run.start(1, DROPOUT)
+    killed(run, done + 5)
+    code, said = run.finish()
+    assert code == 0, said
+    records = assert_same(run, whole)
+    steps = committed(records)
+    assert [step["device_count"] for step in (steps[0], steps[-1])] == [2, 1]
+    assert len({step["lr_hex"] for step in steps[:64]}) > 4, "no probe has moved the rate"
+    assert kinds(records)["failure"] == 1
+    assert records[-1]["goodput"]["lr_probe_s"] > 0
 
 
 @pytest.mark.long

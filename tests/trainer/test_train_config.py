@@ -83,6 +83,16 @@ def test_lr_schedule_option_keeps_the_peak(path: Path) -> None:
     tuned = schedule_of(_load(path, [], None, None, "auto"))
     assert isinstance(tuned, TunerConfig)
     assert (tuned.total_steps, tuned.initial_lr) == (40, 0.003 / 64)
+    probing = schedule_of(_load(path, ["schedule.probe_every=2"], None, None, "auto"))
+    assert isinstance(probing, TunerConfig)
+    assert probing.probe_every == 2
+    wsd = schedule_of(_load(path, ["schedule.decay=10"], None, None, "wsd"))
+    assert isinstance(wsd, ScheduleConfig)
+    assert (wsd.kind, wsd.peak_value, wsd.decay) == ("wsd", 0.003, 10)
+    with pytest.raises(
+        TrainConfigError, match=r"wsd needs decay: give --set schedule.decay=\.\.\."
+    ):
+        _load(path, [], None, None, "wsd")
     with pytest.raises(TrainConfigError, match="--lr-schedule fast: there is no such schedule"):
         _load(path, [], None, None, "fast")
 

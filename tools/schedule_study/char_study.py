@@ -112,11 +112,12 @@ def _jobs(plan: Plan, peaks: Mapping[schedules.Kind, float]) -> list[Job]:
     jobs += [
         Fixed(f"knee {budget}", "knee", (peaks["knee"],), budget, seeds) for budget in plan.budgets
     ]
-    jobs.append(Fixed(f"untuned cosine {whole}", "cosine", (plan.untuned_peak,), whole, seeds))
-    jobs += [
-        Fixed(f"untuned knee {budget}", "knee", (plan.untuned_peak,), budget, seeds)
-        for budget in (*plan.untuned_budgets, whole)
-    ]
+    for peak, budgets in zip(plan.equal_peaks, plan.equal_budgets, strict=True):
+        jobs.append(Fixed(f"cosine at {peak:g} {whole}", "cosine", (peak,), whole, seeds))
+        jobs += [
+            Fixed(f"knee at {peak:g} {budget}", "knee", (peak,), budget, seeds)
+            for budget in (*budgets, whole)
+        ]
     return jobs
 
 

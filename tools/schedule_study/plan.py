@@ -28,8 +28,8 @@ class Plan:
         tuning_seeds: Used for that and for nothing else.
         seeds: Of all results.
         budgets: Knee's shorter budgets at its tuned peak.
-        untuned_peak: A peak for Knee and cosine that no search has chosen.
-        untuned_budgets: Knee's budgets there.
+        equal_peaks: Peaks at which Knee and cosine are compared whatever their tuned ones are.
+        equal_budgets: Knee's budgets at each of them.
         initial_rates: What the tuned rates start from.
         control_seeds: Of the negative controls.
     """
@@ -40,15 +40,20 @@ class Plan:
     tuning_seeds: tuple[int, ...] = (100, 101)
     seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
     budgets: tuple[int, ...] = (2400, 2520, 2640, 2760, 2880)
-    untuned_peak: float = 4e-3
-    untuned_budgets: tuple[int, ...] = (2100, 2280, 2400, 2460, 2580)
+    equal_peaks: tuple[float, ...] = (2e-3, 4e-3)
+    equal_budgets: tuple[tuple[int, ...], ...] = (
+        (1500, 1800, 2100, 2400),
+        (2100, 2280, 2400, 2460, 2580),
+    )
     initial_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3)
     control_seeds: tuple[int, ...] = (10, 11, 12)
 
     def __post_init__(self) -> None:
-        lengths = (self.num_steps, *self.budgets, *self.untuned_budgets)
+        lengths = (self.num_steps, *self.budgets, *(b for bs in self.equal_budgets for b in bs))
         if wrong := [length for length in lengths if length % CHUNK]:
             raise ValueError(f"budgets must be multiples of {CHUNK}, not {wrong}")
+        if len(self.equal_peaks) != len(self.equal_budgets):
+            raise ValueError("each of equal_peaks needs its equal_budgets")
         if set(self.tuning_seeds) & {*self.seeds, *self.control_seeds}:
             raise ValueError("the seeds of the tuning must not be among those of the results")
 

@@ -46,11 +46,15 @@ def _char_figure(char: dict[str, Any]) -> Figure:
     lowest = min(np.mean(losses_of(char, f"{kind} {whole}")) for kind in ("cosine", "knee"))
     losses.set_ylim(lowest - 0.05, lowest + 0.8)
     _by_budget(budgets, char, "knee", [*plan["budgets"], whole], "knee, tuned")
-    steps = sorted([*plan["untuned_budgets"], whole])
-    _by_budget(budgets, char, "untuned knee", steps, "knee, untuned")
-    for label, style in (("cosine", "--"), ("untuned cosine", ":")):
+    lines = [("cosine", "--")]
+    for peak, lengths, style in zip(
+        plan["equal_peaks"], plan["equal_budgets"], (":", "-."), strict=True
+    ):
+        _by_budget(budgets, char, f"knee at {peak:g}", sorted([*lengths, whole]), f"knee, {peak:g}")
+        lines.append((f"cosine at {peak:g}", style))
+    for label, style in lines:
         level = losses_of(char, f"{label} {whole}").mean()
-        budgets.axhline(level, color="black", linestyle=style, label=f"{label} at {whole}")
+        budgets.axhline(level, color="black", lw=1, linestyle=style, label=f"{label}, {whole}")
     budgets.set(xlabel="budget, steps", ylabel="held-out loss", title="shorter budgets")
     for axes in (rates, losses, budgets):
         axes.legend(fontsize=7)

@@ -33,7 +33,7 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
     if char := results.get("char"):
         tables |= {
             "checks": _checks(char),
-            "char-setup": _char_setup(char),
+            "char-setup": _setup(char, sum(map(len, char["runs"].values())), _corpus_row(char)),
             "char-tuning": _tuning(char["tuning"], char["peaks"]),
             "char-losses": _char_losses(char),
             "char-budgets": _budgets(char),
@@ -43,6 +43,7 @@ def tables_of(results: dict[str, Any]) -> dict[str, str]:
         tuning = {kind: found["tuning"] for kind, found in digits["schedules"].items()}
         peaks = {kind: found["peak"] for kind, found in digits["schedules"].items()}
         tables |= {
+            "digits-setup": _setup(digits, _num_digits_runs(digits)),
             "digits-tuning": _tuning(tuning, peaks),
             "digits-losses": _digits_losses(digits),
             "digits-explore": _explore(digits),
@@ -65,28 +66,36 @@ def _checks(char: dict[str, Any]) -> str:
             for number in (value.mean, value.low, value.high)
         )
         limit = f"{check.limit:.0%}" if is_share else f"{check.limit:+g}"
-        verdict = "holds" if check.holds else "**missed**"
-        rows.append([check.demand, mean, f"{low} to {high}", limit, verdict])
+        rows.append([check.demand, mean, f"{low} to {high}", limit, check.verdict])
     return _table(["demand", "measured", "95 % interval", "at most", ""], rows)
 
 
-def _char_setup(char: dict[str, Any]) -> str:
-    corpus, run, plan = char["corpus"], char["run"], char["plan"]
-    rows = [
-        ["text", f"{corpus['name']}, {corpus['num_bytes']:,} bytes, SHA-256 `{corpus['sha256']}`"],
-        ["seeds", f"results {_joined(plan['seeds'])}; tuning {_joined(plan['tuning_seeds'])}"],
-        ["runs spent on tuning", str(char["num_tuning_runs"])],
-        ["runs of the results", str(sum(map(len, char["runs"].values())))],
+def _corpus_row(char: dict[str, Any]) -> list[str]:
+    corpus = char["corpus"]
+    digest = f"SHA-256 `{corpus['sha256']}`"
+    return ["text", f"{corpus['name']}, {corpus['num_bytes']:,} bytes, {digest}"]
+
+
+def _setup(found: dict[str, Any], num_runs: int, *rows: list[str]) -> str:
+    run, plan = found["run"], found["plan"]
+    seeds = f"results {_joined(plan['seeds'])}; tuning {_joined(plan['tuning_seeds'])}"
+    return _table(
+        ["what", "value"],
         [
-            "machine, date",
-            f"{run['machine']}, {run['date']}; {run['wall_s']:.0f} s, {run['cpu_s']:.0f} CPU-s",
+            *rows,
+            ["seeds", seeds],
+            ["runs spent on tuning", str(found["num_tuning_runs"])],
+            ["runs of the results", str(num_runs)],
+            ["machine, date", f"{run['machine']}, {run['date']}"],
+            ["time", f"{run['wall_s']:.0f} s, {run['cpu_s']:.0f} CPU-s"],
         ],
-    ]
-    return _table(["what", "value"], rows)
+    )
 
 
 def _joined(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
+    """Of three or more whole numbers in a row only the ends."""
+    is_range = len(values) > 2 and list(values) == list(range(values[0], values[-1] + 1))
+    return f"{values[0]} to {values[-1]}" if is_range else ", ".join(map(str, values))
 
 
 def _tuning(tuning: dict[str, dict[str, list[float]]], best: dict[str, float]) -> str:
@@ -105,15 +114,15 @@ def _tuning(tuning: dict[str, dict[str, list[float]]], best: dict[str, float]) -
 def _char_losses(char: dict[str, Any]) -> str:
     whole = char["plan"]["num_steps"]
     cosine = losses_of(char, f"cosine {whole}")
-    num_search = char["num_tuning_runs"] // len(char["peaks"])
+    num_search = {kind: sum(map(len, by.values())) for kind, by in char["tuning"].items()}
     rows = []
     for label, runs in char["runs"].items():
         kind, _, rest = label.partition(" ")
-        if (rest.isdigit() and int(rest) != whole) or kind == "untuned":
+        if (rest.isdigit() and int(rest) != whole) or rest.startswith("at "):
             continue
         losses = losses_of(char, label)
         name = f"{kind}, tuned" if rest.isdigit() else label
-        search = str(num_search) if rest.isdigit() else "0"
+        search = str(num_search[kind]) if rest.isdigit() else "0"
         difference = paired(losses, cosine[: len(losses)]).text() if kind != "cosine" else ""
         rows.append([name, search, str(len(runs)), mean_of(losses).text(), difference])
     rows.sort(key=lambda row: row[3])
@@ -123,15 +132,19 @@ def _char_losses(char: dict[str, Any]) -> str:
 
 def _budgets(char: dict[str, Any]) -> str:
     plan = char["plan"]
-    lengths = sorted({*plan["budgets"], *plan["untuned_budgets"], plan["num_steps"]})
+    equal = [length for lengths in plan["equal_budgets"] for length in lengths]
+    lengths = sorted({*plan["budgets"], *equal, plan["num_steps"]})
     rows = []
-    for label in ("cosine", "linear", "knee", "untuned cosine", "untuned knee"):
+    at_equal = [
+        f"{kind} at {peak:g}" for peak in plan["equal_peaks"] for kind in ("cosine", "knee")
+    ]
+    for label in ("cosine", "linear", "knee", *at_equal):
         cells = []
         for length in lengths:
             key = f"{label} {length}"
             has_run = key in char["runs"]
             cells.append(f"{losses_of(char, key).mean():.4f}" if has_run else "")
-        rows.append([label.replace("untuned", "untuned peak,"), *cells])
+        rows.append([label if " at " in label else f"{label}, tuned", *cells])
     return _table(["held-out loss after steps", *map(str, lengths)], rows)
 
 
@@ -152,6 +165,12 @@ def _tuned_rates(char: dict[str, Any]) -> str:
         )
     header = ["rate", "peak: median (range)", "last probe at step"]
     return _table([*header, "overhead in passes", "in time"], rows)
+
+
+def _num_digits_runs(digits: dict[str, Any]) -> int:
+    losses = [found["test_losses"] for found in digits["schedules"].values()]
+    losses += [found["test_loss"] for found in digits["explore"].values()]
+    return sum(map(len, losses))
 
 
 def _digits_losses(digits: dict[str, Any]) -> str:

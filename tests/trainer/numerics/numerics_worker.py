@@ -105,14 +105,18 @@ def resized() -> Arrangements:
 
 
 def tuned() -> Arrangements:
-    """A rate that tunes itself, stopped after each batch of its first two probes."""
+    """A rate that tunes itself, stopped at all places of its first probe and inside its second.
+
+    A batch is measured every two updates, before those of steps 2, 4, 6 and 8.
+    """
     rate = TunerConfig(
-        total_steps=24, initial_lr=1e-4, probe_every=2, num_batches=2, max_ramp_fraction=0.5
+        total_steps=24, initial_lr=1e-4, probe_every=4, num_batches=2, max_ramp_fraction=0.5
     )
     changes = {"rate": rate}
-    traces = same_run(6, [(1, "replicated"), (2, "zero1")], **changes)
-    stops = [(3, "replicated", 2), (1, "fsdp", 1), (2, "replicated", 1), (2, "zero1", 2)]
-    traces["3 > 1 > 2 > 2"] = chain(stops, **changes)
+    traces = same_run(10, [(1, "replicated"), (2, "zero1")], **changes)
+    stops = [(3, "replicated", 3), (1, "fsdp", 1), (2, "replicated", 1)]
+    stops += [(2, "zero1", 2), (3, "fsdp", 3)]
+    traces["3 > 1 > 2 > 2 > 3"] = chain(stops, **changes)
     rates = {float(record.lr) for record in traces["1 replicated"].records}
     assert len(rates) > 1, "no probe has moved the rate"
     return traces

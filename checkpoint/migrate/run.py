@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,14 @@ def migrate(migration: Migration, limits: Limits, progress: OnProgress) -> Migra
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * BYTES_A_KIB
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: on Linux a new program inherits that of the one that started it.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) * BYTES_A_KIB
+    unit = 1 if sys.platform == "darwin" else BYTES_A_KIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _finished_before(migration: Migration) -> MigrationManifest | None:

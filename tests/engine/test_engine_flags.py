@@ -22,7 +22,8 @@ from jaxserve.engine.startup import start_engine
 from tests.server.tiny_model import write_tiny_model
 
 NUM_TOKENS = 4
-WITHIN_S = 5.0
+WITHIN_CPU_S = 5.0
+"""CPU time of the process, which a busy machine does not stretch."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 FLAGS = [
@@ -51,14 +52,10 @@ FLAGS = [
 ]
 REAL_FLAGS = [
     "--dtype bfloat16",
-    "--max-num-seqs 1",
-    "--buckets 1,32",
-    "--buckets 4",
     "--page-size 7",
-    "--max-model-len 64",
-    "--no-prefix-caching",
     "--policy vllm_v0",
 ]
+"""Those whose steps are other programs than the default ones."""
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +84,16 @@ def tokens_come_soon(flags: str, model: Path, cache: Path) -> None:
     try:
         # More than the smallest bucket and page, so that prefill and decode both run.
         prompt = tuple(running.tokenizer.encode("Once upon a time there was a small green frog"))
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         request = GenerationRequest("flags", prompt, GREEDY)
         completion = join_outputs(list(stream(running.engine, request)))
-        took_s = time.perf_counter() - start_s
+        took_s = time.process_time() - start_s
         snapshot = running.engine.snapshot()
     finally:
         running.close()
     assert len(completion.token_ids) == NUM_TOKENS
     assert completion.finish_reason is FinishReason.LENGTH
-    assert took_s < WITHIN_S
+    assert took_s < WITHIN_CPU_S
     assert snapshot.compiles_after_ready == 0
 
 

@@ -95,16 +95,16 @@ def test_properties_under_random_traffic(policy: str, pipe: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("policy", POLICIES)
 def test_many_random_steps_of_every_policy(policy: str) -> None:
-    """At least 10^5 steps of all policies together."""
+    """At least 5 * 10^4 steps of all policies together."""
     totals = [
         random_run(seed, 100, policy=policy, num_classes=1 + 2 * (seed % 3 == 0), **pipe)
-        for seed in range(1000, 1030)
+        for seed in range(1000, 1015)
         for pipe in PIPES.values()
     ]
-    assert sum(total.num_steps for total in totals) >= 12_000
-    assert sum(total.num_finished for total in totals) > 2000
+    assert sum(total.num_steps for total in totals) >= 6_000
+    assert sum(total.num_finished for total in totals) > 1000
     if PROMISES[policy].preempts:
-        assert sum(total.num_preemptions for total in totals) > 50
+        assert sum(total.num_preemptions for total in totals) > 25
 
 
 @pytest.mark.parametrize("policy", sorted(WHOLE_PROMPT_POLICIES))

@@ -37,10 +37,11 @@ HEAD_DIM = 64
 BLOCK_BYTES = 16 << 20
 LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
+from checkpoint.migrate.run import peak_memory_bytes
 from jaxserve.cli.main import main
 import jaxserve.migration.convert, jaxserve.migration.logits
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_bytes()
 start = time.perf_counter()
 code = 0
 try:
@@ -48,7 +49,7 @@ try:
 except SystemExit as error:
     code = error.code or 0
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = peak_memory_bytes()
 print("MEASURED", json.dumps({"code": code, "seconds": seconds, "peak": peak, "imports": before}))
 """
 
@@ -155,9 +156,7 @@ def measure_conversion(
     )
     if result["code"] != 0:
         raise RuntimeError(f"exit code {result['code']}:\n{process.stdout}{process.stderr}")
-    return Measured(
-        to, result["seconds"], result["peak"] * 1024, result["imports"] * 1024, num_bytes
-    )
+    return Measured(to, result["seconds"], result["peak"], result["imports"], num_bytes)
 
 
 def make_cgroup(path: Path, limit_bytes: int) -> None:

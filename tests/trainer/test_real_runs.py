@@ -211,8 +211,9 @@ def test_killed_while_the_rate_tunes_itself(make_run: MakeRun) -> None:
         assert replaced != text
         run.config.write_text(replaced)
     whole, run = runs
-    said = whole.train(1, DROPOUT)
+    said = whole.train(1, DROPOUT, "logging.plot=true")
     assert "probes of the learning rate: " in said
+    assert (whole.path / "plot.png").read_bytes().startswith(b"\x89PNG")
     run.start(2, DROPOUT, "durability.checkpoint_every=4")
     run.wait_for_step(9)
     pids = run.trainer_pids()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,14 @@ from gguf.constants import GGUFValueType as Kind
 from checkpoint.errors import FormatError
 from checkpoint.formats.gguf_writer import GgufValue
 from models.config import ModelConfig
+from models.gguf_model import GEMMA3_LAYERS_A_WHOLE_ONE, config_from_gguf
 from models.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
 from models.ops.rope import rope_frequencies
+from models.registry import get_family
 from models.tokenizer import Tokenizer
 
-ARCHITECTURE = "llama"
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+"""Those whose name is also the architecture's in GGUF."""
 QUANTIZATION_VERSION = 2
 FILE_TYPES = {
     "F32": 0,
@@ -62,17 +65,20 @@ def gguf_metadata(
     Raises:
         FormatError: the tokenizer has no form in GGUF; the message says why.
     """
-    if config.family != ARCHITECTURE:
+    if config.family not in FAMILIES:
         raise FormatError(
-            f"models of the family {config.family!r} cannot be written as GGUF yet, only llama"
+            f"models of the family {config.family!r} cannot be written as GGUF yet, only "
+            f"{', '.join(FAMILIES)}"
         )
+    described = _model_metadata(config)
+    _check_config(config, described)
     metadata = {
-        "general.architecture": _text(ARCHITECTURE),
+        "general.architecture": _text(config.family),
         "general.type": _text("model"),
         "general.name": _text(name),
         "general.quantization_version": _count(QUANTIZATION_VERSION),
         "general.file_type": _count(FILE_TYPES[quantization]),
-        **_model_metadata(config),
+        **described,
     }
     if carried is not None:
         metadata |= {
@@ -114,10 +120,49 @@ def _model_metadata(config: ModelConfig) -> dict[str, GgufValue]:
     }
     if config.sliding_window is not None:
         values["attention.sliding_window"] = _count(config.sliding_window)
+    if config.family == "gemma3":
+        values |= _gemma3_metadata(config)
     if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         values["rope.scaling.type"] = _text("linear")
         values["rope.scaling.factor"] = GgufValue(Kind.FLOAT32, config.rope_scaling.factor)
-    return {f"{ARCHITECTURE}.{key}": value for key, value in values.items()}
+    return {f"{config.family}.{key}": value for key, value in values.items()}
+
+
+def _gemma3_metadata(config: ModelConfig) -> dict[str, GgufValue]:
+    """Which layers have a window, and their rotary base."""
+    values = {}
+    if config.layer_windows:
+        (window,) = {window for window in config.layer_windows if window is not None}
+        period = config.layer_windows.index(None) + 1
+        values["attention.sliding_window"] = _count(window)
+        if period != GEMMA3_LAYERS_A_WHOLE_ONE:
+            values["attention.sliding_window_pattern"] = _count(period)
+    if config.rope_local_theta is not None:
+        values["rope.freq_base_swa"] = GgufValue(Kind.FLOAT32, config.rope_local_theta)
+    return values
+
+
+def _check_config(config: ModelConfig, described: Mapping[str, GgufValue]) -> None:
+    """The file must be read as this very model: better to fail here than there."""
+    metadata = {key: value.value for key, value in described.items()}
+    table = get_family(config.family).name_tables["gguf"](config)
+    names = [name for rule in table.rules for name, _ in rule.parts((config.num_layers,))]
+    read = config_from_gguf({**metadata, "general.architecture": config.family}, names)
+    factors = {} if config.family != "llama" else {"rope_scaling": config.rope_scaling}
+    read = replace(
+        read, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids, **factors
+    )
+    if read == config:
+        return
+    differing = [
+        field.name
+        for field in fields(config)
+        if getattr(read, field.name) != getattr(config, field.name)
+    ]
+    raise FormatError(
+        f"GGUF cannot say this of a {config.family} model: {differing[0]} "
+        f"{getattr(config, differing[0])!r} would be read as {getattr(read, differing[0])!r}"
+    )
 
 
 def _tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, GgufValue]:

@@ -12,7 +12,14 @@ from models.config import ModelConfig, RopeScaling
 from models.hf_config import config_from_hf
 from models.ops.rope import rope_frequencies
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
+"""`model_type` and `architectures`, by family."""
 _KNOWN_LLAMA3 = tuple(RopeScaling("llama3", factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 """Llama 3.1 and 3.2: what the factors of a GGUF file usually come from."""
 
@@ -27,14 +34,15 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     Raises:
         FormatError: a Hugging Face config cannot express it; the message names the field.
     """
-    if config.family != "llama":
+    if config.family not in _ARCHITECTURES:
         raise FormatError(
             f"a config.json cannot be made anew for the family {config.family!r} yet; convert "
             "from a Hugging Face folder, whose own config.json is kept"
         )
-    model_type = "mistral" if config.sliding_window is not None else "llama"
+    is_mistral = config.family == "llama" and config.sliding_window is not None
+    model_type, architecture = _ARCHITECTURES["mistral" if is_mistral else config.family]
     fields: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[model_type]],
+        "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -43,27 +51,53 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
         "torch_dtype": dtype,
     }
-    if model_type == "mistral":
+    if config.family == "gemma3":
+        fields |= _gemma3_fields(config)
+    else:
+        fields |= {
+            "hidden_act": "silu",
+            "rope_theta": config.rope_theta,
+            "rope_scaling": _scaling(config),
+        }
+    if config.family == "llama" and not is_mistral:
+        fields |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    elif is_mistral:
         fields["sliding_window"] = config.sliding_window
         if config.attention_bias or config.mlp_bias:
             raise FormatError(
                 "config: a sliding window together with biases has no Hugging Face architecture"
             )
-    else:
+    elif config.family == "qwen3":
         fields["attention_bias"] = config.attention_bias
-        fields["mlp_bias"] = config.mlp_bias
-    fields["rope_scaling"] = _scaling(config)
     _check(config, fields)
     return fields
+
+
+def _gemma3_fields(config: ModelConfig) -> dict[str, Any]:
+    whole: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        whole |= _scaling(config) or {}
+    windows = config.layer_windows or (config.sliding_window,) * config.num_layers
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": config.attention_bias,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "sliding_window": next((window for window in windows if window is not None), None),
+        "layer_types": [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ],
+        "rope_parameters": {
+            "full_attention": whole,
+            "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_local_theta},
+        },
+    }
 
 
 def _scaling(config: ModelConfig) -> dict[str, Any] | None:
@@ -100,4 +134,4 @@ def _check(config: ModelConfig, fields: dict[str, Any]) -> None:
     if config.rope_scaling is not None and config.rope_scaling.kind == "factors":
         read = replace(read, rope_scaling=config.rope_scaling)
     if read != config:
-        raise AssertionError(f"config.json would be read back as {read}, not as {config}")
+        raise FormatError(f"config.json would be read back as {read}, not as {config}")

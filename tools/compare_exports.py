@@ -5,10 +5,14 @@ A GGUF file (by default the default model) goes to our checkpoint, from there to
 prompts of the committed goldens greedily. One forward of ours over prompt and continuation, on the
 very same exported weights, then says for each position whether our best token is the other
 engine's, and by how much not. Positions where they differ are listed with the margin between the
-two tokens' logits: engines round differently, so near-ties may fall either way.
+two tokens' logits: engines round differently, so near-ties may fall either way. llama.cpp also
+rounds what a Q8_0 matrix is multiplied with to 8 bits; the same weights written as F32 show what
+is left without that.
 
     python3 -m venv build/goldens && build/goldens/bin/pip install -r requirements/goldens.in
     .venv/bin/python tools/compare_exports.py --peer-python build/goldens/bin/python
+    .venv/bin/python tools/compare_exports.py --peer-python build/goldens/bin/python \\
+        --model gemma-3-270m
 """
 
 from __future__ import annotations
@@ -30,8 +34,13 @@ from jaxserve.engine.config import EngineConfig
 from models.loading import open_model
 from models.ops.attention.dense import dense_attend
 
-GOLDENS = Path("tests/goldens/smollm2_greedy.json")
-SIZES = (128, 768)
+GOLDENS = {
+    "smollm2-135m-instruct": Path("tests/goldens/smollm2_greedy.json"),
+    "gemma-3-270m": Path("tests/goldens/gemma3_greedy.json"),
+}
+"""Prompts of the models that can be compared."""
+F32 = ("--quantization", "F32")
+SIZES = (128, 896)
 """Padded lengths, so that two programs serve all prompts."""
 
 
@@ -97,12 +106,12 @@ def compare(engine: str, export: Path, prompts: list[dict[str, Any]], made: Any)
 def main() -> None:
     """Convert, ask the engines, compare, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=EngineConfig().model, help="a GGUF file, or a name")
+    parser.add_argument("--model", default=EngineConfig().model, choices=sorted(GOLDENS))
     parser.add_argument("--peer-python", type=Path, required=True, help="of the engines' venv")
     parser.add_argument("--num-prompts", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    goldens = json.loads(GOLDENS.read_text())
+    goldens = json.loads(GOLDENS[args.model].read_text())
     prompts = goldens["prompts"][: args.num_prompts]
     asked = {
         "num_tokens": goldens["num_output_tokens"],
@@ -116,11 +125,14 @@ def main() -> None:
         convert(folder / "ours", folder / "hf", "--to", "safetensors")
         convert(folder / "ours", folder / "f16.gguf", "--to", "gguf", "--quantization", "F16")
         convert(folder / "ours", folder / "q8_0.gguf", "--to", "gguf", "--quantization", "Q8_0")
+        # The very weights of the Q8_0 file, in a form that llama.cpp does not round inputs for.
+        convert(folder / "q8_0.gguf", folder / "q8_0_as_f32.gguf", "--to", "gguf", *F32)
         results = []
         for engine, name in (
             ("transformers", "hf"),
             ("llamacpp", "f16.gguf"),
             ("llamacpp", "q8_0.gguf"),
+            ("llamacpp", "q8_0_as_f32.gguf"),
         ):
             peer = [str(args.peer_python), "tools/greedy_peer.py", engine, str(folder / name)]
             files = [str(folder / "prompts.json"), str(folder / "tokens.json")]

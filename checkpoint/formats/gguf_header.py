@@ -25,6 +25,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
 MAX_DIMS = 4
+MAX_TENSORS = 250_000
 MAX_ELEMENTS = 1 << 40
 MAX_STRING_BYTES = 1 << 20
 MAX_ARRAY_LENGTH = 1 << 24
@@ -92,6 +93,8 @@ def parse_header(buffer: memoryview) -> GgufHeader:
             raise FormatError("big-endian GGUF is not supported; convert it to little-endian")
         raise FormatError(f"GGUF version {version} is not supported, only 2 and 3 are")
     num_tensors = cursor.count("<Q", _MIN_TENSOR_BYTES, "tensor count")
+    if num_tensors > MAX_TENSORS:
+        raise FormatError(f"GGUF claims {num_tensors} tensors, above the limit of {MAX_TENSORS}")
     num_keys = cursor.count("<Q", _MIN_KEY_BYTES, "metadata key count")
     metadata = _read_metadata(cursor, num_keys)
     alignment = _alignment(metadata)

@@ -25,6 +25,8 @@ from checkpoint.tensor_source import TensorInfo
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 250_000
+"""In a file or a folder; the largest public models have some 100 000 in all their shards."""
 MAX_RANK = 16
 LENGTH_BYTES = 8
 
@@ -116,8 +118,11 @@ class SafetensorsFile:
                 f"{self.path.name}: its header claims {length} bytes, but the file has "
                 f"{self._size} and the limit is {MAX_HEADER_BYTES}; is the download whole?"
             )
+        encoded = self._map[LENGTH_BYTES:data_begin]
+        if encoded.count(b"{") > MAX_TENSORS + 2:  # Each has an object: refused before parsing.
+            raise FormatError(f"{self.path.name}: more than {MAX_TENSORS} tensors")
         try:
-            text = self._map[LENGTH_BYTES:data_begin].decode("utf-8")
+            text = encoded.decode("utf-8")
             header = json.loads(text, object_pairs_hook=_unique_keys)
         except FormatError as error:
             raise FormatError(f"{self.path.name}: {error}") from error
@@ -247,6 +252,8 @@ def _read_index(path: Path) -> dict[str, str]:
         or not all(isinstance(shard, str) for shard in weight_map.values())
     ):
         raise FormatError(f"{path.name}: weight_map must map tensor names to file names")
+    if len(weight_map) > MAX_TENSORS:
+        raise FormatError(f"{path.name}: more than {MAX_TENSORS} tensors")
     return weight_map
 
 

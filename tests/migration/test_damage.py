@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +135,10 @@ def test_a_lying_safetensors_file_is_refused(kind: str, tmp_path: Path) -> None:
     folder.mkdir()
     shutil.copyfile(TINY / "mqa" / "config.json", folder / "config.json")
     (folder / "model.safetensors").write_bytes(HOSTILE[kind])
-    start = time.monotonic()
+    start_s = time.process_time()
     with pytest.raises(FormatError):
         convert(folder, tmp_path / "own", "orbax")
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start_s < 2
     assert not (tmp_path / "own").exists()
 
 
@@ -177,16 +178,27 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
         convert(folder, tmp_path / "own", "orbax")
 
 
-@pytest.mark.parametrize("count", [10**4, pytest.param(10**6, marks=pytest.mark.long)])
-def test_a_header_of_very_many_tensors_is_refused(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (10**4, JaxserveError, r"and \d+ more"),
+        (10**6, FormatError, "more than 250000 tensors"),
+        pytest.param(249_000, JaxserveError, r"and \d+ more", marks=pytest.mark.long),
+    ],
+)
+def test_a_header_of_very_many_tensors_is_refused(
+    count: int, error: type[Exception], message: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
     shutil.copyfile(TINY / "mqa" / "config.json", folder / "config.json")
     entry = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     text = b"{" + b",".join(b'"t%d":%s' % (i, entry) for i in range(count)) + b"}"
     (folder / "model.safetensors").write_bytes(header(text))
-    with pytest.raises(JaxserveError, match=r"and \d+ more"):
+    start_s = time.process_time()
+    with pytest.raises(error, match=message):
         convert(folder, tmp_path / "own", "orbax")
+    assert time.process_time() - start_s < (5 if count != 249_000 else 60)
 
 
 def test_a_gguf_string_length_bomb_is_refused(tmp_path: Path) -> None:
@@ -194,6 +206,17 @@ def test_a_gguf_string_length_bomb_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(bomb + bytes(64))
     with pytest.raises(FormatError):
         convert(tmp_path / "a.gguf", tmp_path / "own", "orbax")
+
+
+def test_a_gguf_of_very_many_tensors_is_refused(tmp_path: Path) -> None:
+    count = 10**6
+    (tmp_path / "a.gguf").write_bytes(
+        b"GGUF" + struct.pack("<IQQ", 3, count, 0) + bytes(32 * count)
+    )
+    start_s = time.process_time()
+    with pytest.raises(FormatError, match="claims 1000000 tensors"):
+        convert(tmp_path / "a.gguf", tmp_path / "own", "orbax")
+    assert time.process_time() - start_s < 2
 
 
 def mutated(data: bytes, random_: random.Random) -> bytes:
@@ -230,7 +253,7 @@ def read_everything(path: Path) -> None:
         source.close()
 
 
-def fuzz(tmp_path: Path, seconds: float, seed: int) -> int:
+def fuzz(tmp_path: Path, seconds: float, seed: int, clock: Callable[[], float]) -> int:
     """Mutates the files of all formats; returns how many cases were tried."""
     random_ = random.Random(seed)
     convert(TINY / "mqa", tmp_path / "a.gguf", "gguf", quantization="Q8_0")
@@ -247,26 +270,26 @@ def fuzz(tmp_path: Path, seconds: float, seed: int) -> int:
         (tmp_path / "own", tmp_path / "own" / "jaxserve-manifest.json"),
         (tmp_path / "own", tmp_path / "own" / "source" / "headers" / "model.safetensors"),
     ]
-    cases, end = 0, time.monotonic() + seconds
-    while time.monotonic() < end:
+    cases, end_s = 0, clock() + seconds
+    while clock() < end_s:
         model, file = random_.choice(targets)
         original = file.read_bytes()
         file.write_bytes(mutated(original, random_))
-        start = time.monotonic()
+        start_s = time.process_time()  # Of the processor: others may hold the machine up.
         try:
             read_everything(model)
         except REFUSALS:
             pass
         except Exception as error:
             raise AssertionError(f"seed {seed}, case {cases}, {file.name}: {error!r}") from error
-        assert time.monotonic() - start < 60, f"seed {seed}, case {cases}: hangs"
+        assert time.process_time() - start_s < 10, f"seed {seed}, case {cases}: hangs"
         file.write_bytes(original)
         cases += 1
     return cases
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
-    assert fuzz(tmp_path, 3, seed=1) > 0
+    assert fuzz(tmp_path, 2, seed=1, clock=time.process_time) > 10
 
 
 @pytest.mark.long
@@ -274,7 +297,7 @@ def test_two_minutes_of_mutated_files(tmp_path: Path) -> None:
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert fuzz(tmp_path, 120, seed=random.randrange(10**6)) > 500
+    assert fuzz(tmp_path, 120, seed=random.randrange(10**6), clock=time.monotonic) > 500
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500_000, f"{grown} KiB more memory than before"
 

@@ -82,17 +82,48 @@ def test_experts_with_tensors_of_their_own_are_refused_by_name(
     ("variant", "family"),
     [
         ("falcon_7b", "falcon"),
-        ("gemma3", "gemma3"),
         ("gpt2", "gpt2"),
         ("phi3", "phi3"),
-        ("qwen2", "qwen2"),
-        ("qwen3", "qwen3"),
     ],
 )
 def test_families_that_gguf_is_not_written_for_are_refused_by_name(
     variant: str, family: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FormatError, match=f"family '{family}' cannot be written as GGUF"):
+        convert(TINY / variant, tmp_path / "a.gguf", "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def with_config(variant: str, folder: Path, **changed: object) -> Path:
+    """A golden folder with fields of its config changed."""
+    shutil.copytree(TINY / variant, folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, **changed}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "variant", some_fast(["qwen2", "qwen3", "qwen3_biases", "gemma3"], ["gemma3"])
+)
+def test_other_families_through_gguf_are_the_same_model(variant: str, tmp_path: Path) -> None:
+    """Config and values; config.json is made anew, since GGUF does not keep it."""
+    changed = {"query_pre_attn_scalar": 8} if variant == "gemma3" else {}
+    source = with_config(variant, tmp_path / "hf", **changed)
+    convert(source, tmp_path / "a.gguf", "gguf", quantization="F32")
+    assert open_model(tmp_path / "a.gguf").config == open_model(source).config
+    same_params(source, tmp_path / "a.gguf")
+    convert(tmp_path / "a.gguf", tmp_path / "own", "orbax")
+    convert(tmp_path / "own", tmp_path / "back", "safetensors", dtype="float32")
+    assert open_model(tmp_path / "back").config == open_model(source).config
+    same_params(source, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("variant", "field"),
+    [("gemma3", "query_pre_attn_scalar"), ("qwen2_mixed_windows", "layer_windows")],
+)
+def test_what_gguf_cannot_say_is_refused_by_name(variant: str, field: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=f"GGUF cannot say this of a .* model: {field}"):
         convert(TINY / variant, tmp_path / "a.gguf", "gguf")
     assert list(tmp_path.iterdir()) == []
 

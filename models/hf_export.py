@@ -84,11 +84,14 @@ def _gemma3_fields(config: ModelConfig) -> dict[str, Any]:
     whole: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         whole |= _scaling(config) or {}
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    if int(scalar) != scalar:
+        raise FormatError(f"config: query_pre_attn_scalar {scalar} is not an integer")
     windows = config.layer_windows or (config.sliding_window,) * config.num_layers
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": config.attention_bias,
-        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "query_pre_attn_scalar": int(scalar),  # transformers refuses 256.0.
         "sliding_window": next((window for window in windows if window is not None), None),
         "layer_types": [
             "full_attention" if window is None else "sliding_attention" for window in windows

@@ -136,7 +136,7 @@ def main() -> None:
         ):
             peer = [str(args.peer_python), "tools/greedy_peer.py", engine, str(folder / name)]
             files = [str(folder / "prompts.json"), str(folder / "tokens.json")]
-            subprocess.run([*peer, *files], check=True, capture_output=True)
+            subprocess.run([*peer, *files], check=True, stdout=subprocess.DEVNULL)
             made = json.loads((folder / "tokens.json").read_text())
             results.append(compare(engine, folder / name, prompts, made))
     if args.json:

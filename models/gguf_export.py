@@ -148,10 +148,9 @@ def _check_config(config: ModelConfig, described: Mapping[str, GgufValue]) -> No
     table = get_family(config.family).name_tables["gguf"](config)
     names = [name for rule in table.rules for name, _ in rule.parts((config.num_layers,))]
     read = config_from_gguf({**metadata, "general.architecture": config.family}, names)
-    factors = {} if config.family != "llama" else {"rope_scaling": config.rope_scaling}
-    read = replace(
-        read, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids, **factors
-    )
+    read = replace(read, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
+    if config.family == "llama":  # The factors of its scaling are a tensor.
+        read = replace(read, rope_scaling=config.rope_scaling)
     if read == config:
         return
     differing = [

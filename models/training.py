@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.decoder import Params
 from models.lora import Lora
-from models.ops.attention.packed import packed_attention
+from models.ops.attention.packed import ATTENTION_OUTPUT, packed_attention
 from models.ops.attention.window import layer_window
 from models.ops.cross_entropy import weighted_nll_sum
 from models.registry import get_family
@@ -64,7 +64,8 @@ def loss_sum(
         dropout: probability with which a value of the embedding, of an attention's output
             or of an MLP's output is dropped.
         remat: what the backward pass computes again instead of keeping it: "none",
-            "dots" (all but the products with weights) or "full" (whole layers).
+            "dots" (all but the products with weights and attention's output) or "full"
+            (whole layers).
         compute_dtype: parameters are cast to it; softmax and losses are float32 anyway,
             and gradients come in the parameters' own dtype.
         lora: adapters that are added to the projections that they name. Differentiate by
@@ -139,6 +140,9 @@ def _remat(policy: Remat) -> Callable[[Callable[..., object]], Callable[..., obj
     if policy == "full":
         return jax.checkpoint
     if policy == "dots":
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        saved = jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+        )
         return lambda body: jax.checkpoint(body, policy=saved)
     raise ValueError(f"remat {policy!r} is not known; use one of {', '.join(REMAT_POLICIES)}")

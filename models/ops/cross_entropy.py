@@ -95,12 +95,15 @@ def _chunk_nll(
     logits: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`logits float32[n, V]` to `(loss float32[], gradient by the logits float32[n, V])`."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # Kept apart, or XLA computes each exponential twice: for the sum and for the gradient.
+    powers = jax.lax.optimization_barrier(jnp.exp(logits - largest))
+    total = jnp.sum(powers, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    loss = jnp.sum(weights * (jnp.log(total) + largest[:, 0] - target_logits))
     is_target = jnp.arange(logits.shape[1], dtype=targets.dtype) == targets[:, None]
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    loss = jnp.sum(weights * (log_total - target_logits))
-    probabilities = jnp.exp(logits - log_total[:, None])
-    return loss, weights[:, None] * (probabilities - is_target)
+    gradient = powers * (weights / total)[:, None] - jnp.where(is_target, weights[:, None], 0.0)
+    return loss, gradient
 
 
 def _chunks(logits: Logits, head: Head, x: jax.Array, max_logits_bytes: int) -> Iterator[slice]:

@@ -12,7 +12,10 @@ from jaxserve.trainer.metrics_log import float_of_hex
 from jaxserve.trainer.run_folder import RunFolder
 
 SILENT_S = 30.0
-EVENTS = ("failure", "rollback", "stuck", "spike", "resize", "ckpt_fallback", "checkpoint_failed")
+EVENTS = (
+    "failure", "rollback", "stuck", "spike", "resize", "rebalance", "ckpt_fallback",
+    "checkpoint_failed",
+)  # fmt: skip
 
 
 def status_of(folder: RunFolder) -> dict[str, Any]:

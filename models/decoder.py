@@ -30,8 +30,9 @@ from jax.typing import DTypeLike
 
 from models.config import ModelConfig
 from models.layers import INIT_STDDEV, BranchOutput, LayerAttend
-from models.ops.linear import attach_adapters, matmul_precision
+from models.ops.linear import attach_adapters, attach_scales
 from models.ops.norm import LayerNorm, RmsNorm, ZeroCentredRmsNorm
+from models.ops.precision import matmul_precision
 from models.ops.rope import Rope, layer_rope
 from models.training_hooks import NO_HOOKS, TrainingHooks
 
@@ -114,7 +115,7 @@ class Decoder:
         """All L decoder layers as one `lax.scan`.
 
         Args:
-            params: the model's parameters.
+            params: the model's parameters, quantised (`models.quantization`) or not.
             config: the model's shape.
             x: `[T, E]`, rows of `embed`.
             positions: `int32[T]`, each row's position in its sequence.
@@ -132,13 +133,15 @@ class Decoder:
             x = x + jnp.take(params["position_embed"], positions, axis=0, mode="clip")
 
         adapters = {} if hooks.lora is None else hooks.lora.adapters["layers"]
+        scales = params.get("kernel_scales", {})
 
         def body(
-            carry: tuple[jax.Array, Cache], layer_inputs: tuple[Params, Params, jax.Array]
+            carry: tuple[jax.Array, Cache], layer_inputs: tuple[Params, Params, Params, jax.Array]
         ) -> tuple[tuple[jax.Array, Cache], tuple[()]]:
             rows, layer_cache = carry
-            state, layer_adapters, layer_index = layer_inputs
+            state, layer_scales, layer_adapters, layer_index = layer_inputs
             layer: Any = nnx.merge(graph, state)
+            attach_scales(layer, layer_scales)
             if hooks.lora is not None:
                 attach_adapters(layer, layer_adapters, hooks.lora.scale)
             rows, layer_cache = layer(
@@ -150,7 +153,7 @@ class Decoder:
             return (rows, layer_cache), ()
 
         layer_indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-        layers = (params["layers"], adapters, layer_indices)
+        layers = (params["layers"], scales, adapters, layer_indices)
         (x, cache), _ = lax.scan(hooks.wrap_layer(body), (x, cache), layers)
         return x, cache
 

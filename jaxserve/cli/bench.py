@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from jaxserve.cli import bench_serve
+from jaxserve.cli import bench_quality, bench_serve
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.cli.local_engine import local_engine
 from jaxserve.engine.config import EngineConfig
@@ -58,6 +58,7 @@ def bench() -> None:
 
 
 app.command()(bench_serve.serve)
+app.command()(bench_quality.quality)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxserve.engine.config import DTYPES, POLICIES, STEP_BUDGETS, EngineConfig
+from jaxserve.engine.config import DTYPES, POLICIES, QUANTIZATIONS, STEP_BUDGETS, EngineConfig
 
 _UNIT_BYTES = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
@@ -85,6 +85,15 @@ ENGINE_OPTIONS: dict[str, Any] = {
             help="Of weights and KV cache: float32, bfloat16 or auto (float32 on a CPU, "
             "bfloat16 on a GPU).",
             autocompletion=_complete_from(DTYPES),
+            rich_help_panel=_MODEL,
+        ),
+    ],
+    "quantization": Annotated[
+        str,
+        typer.Option(
+            help="Keeps the projections' weights in fewer bits: int8 or int4. Less memory; the "
+            "cost in quality is in docs/models.md.",
+            autocompletion=_complete_from(QUANTIZATIONS),
             rich_help_panel=_MODEL,
         ),
     ],

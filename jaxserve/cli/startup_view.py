@@ -45,6 +45,7 @@ def _settings_table(report: StartupReport) -> Table:
         "model": report.model_name,
         "device": report.device,
         "dtype": settings.dtype.name,
+        "weights": settings.quantization or settings.dtype.name,
         "attention": settings.attention.name,
         "policy": scheduler.policy,
         "token budget": str(scheduler.token_budget),

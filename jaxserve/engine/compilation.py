@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.engine.slots import SlotLoadLayout, load_slot, slot_state_shapes
-from jaxserve.engine.step import make_step
+from jaxserve.engine.step import Params, make_step
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
 from models.config import ModelConfig
 from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
 from models.ops.attention.registry import AttentionImplementation
-from models.registry import get_family
 
 _BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -85,6 +84,8 @@ class ProgramSpec:
     layouts: Sequence[StepLayout]
     attention: AttentionImplementation
     max_model_len: int
+    params: Params
+    """The weights as `jax.ShapeDtypeStruct`."""
 
     @property
     def num_slots(self) -> int:
@@ -166,12 +167,11 @@ class ProgramBuild:
 
 def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:
     step = make_step(spec.config, layout, spec.attention)
-    params = get_family(spec.config.family).abstract_params(spec.config, spec.dtype)
     pool_shape = kv_pool_shape(spec.config, layout.num_pages, layout.tiling.page_size)
     return (
         jax.jit(step, donate_argnums=(1, 2))
         .lower(
-            params,
+            spec.params,
             jax.ShapeDtypeStruct(pool_shape, storage_dtype(spec.dtype)),
             slot_state_shapes(layout.num_slots, spec.config.vocab_size),
             jax.ShapeDtypeStruct((layout.size,), jnp.int32),

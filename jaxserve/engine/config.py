@@ -19,6 +19,7 @@ POLICIES = (
     "vllm_v1",
     "slack",
 )
+QUANTIZATIONS = ("none", "int8", "int4")
 STEP_BUDGETS = ("tokens", "time", "slack")
 
 
@@ -31,6 +32,9 @@ class EngineConfig:
     """Catalogue name, or a path to a GGUF file or a Hugging Face folder."""
     dtype: str = "auto"
     """Of weights and KV cache. auto: float32 on a CPU, bfloat16 on a GPU."""
+    quantization: str = "none"
+    """Of the projections' weights: int8 (a scale for each output channel) or int4 (one for each
+    32 inputs of a channel)."""
     policy: str = "sarathi"
     step_budget: str = "tokens"
     """What limits the prefills of a step: tokens (`token_budget` rows), time
@@ -67,6 +71,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not "
+                f"{self.quantization!r}"
+            )
         if self.policy not in POLICIES:
             raise ConfigError(f"--policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         if isinstance(self.buckets, str) and self.buckets not in ("auto", "one"):

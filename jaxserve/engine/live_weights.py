@@ -18,6 +18,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.memory_plan import available_bytes, tree_bytes
 from jaxserve.engine.pages import PagePool
+from jaxserve.engine.served_params import load_served_params
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
 from jaxserve.errors import JaxserveError
@@ -132,7 +133,7 @@ class LiveWeights:
             placed: jax.Array = jax.device_put(host, device)
             return placed
 
-        params = source.load_params(self._settings.dtype, place=place)
+        params = load_served_params(source, self._settings, place)
         jax.block_until_ready(params)
         return params
 

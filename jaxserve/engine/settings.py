@@ -19,8 +19,10 @@ from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import default_root
 from models.config import ModelConfig
+from models.decoder import Params
 from models.ops.attention.registry import AttentionImplementation, select
 from models.ops.attention.work import AttentionTiling
+from models.quantization import check_quantizable, quantized_shapes
 from models.registry import get_family
 
 
@@ -62,6 +64,12 @@ class EngineSettings:
     """Of requests that bring none."""
     has_tbt_objective: bool = False
     """`objective.tbt_s` was asked for, so steps are measured at start."""
+    quantization: str | None = None
+    """Of the projections' weights, one of `models.ops.quantized.FORMATS`."""
+
+    def abstract_params(self) -> Params:
+        """The weights as they are served, as `jax.ShapeDtypeStruct`."""
+        return _served_shapes(self.model_config, self.dtype, self.quantization)
 
     def layouts(self) -> tuple[StepLayout, ...]:
         """One static layout per bucket."""
@@ -99,7 +107,8 @@ def resolve_settings(
         )
     model_config = model_config.for_context(max_model_len)
     token_budget, max_num_seqs, buckets = _resolve_rows(config, defaults)
-    weights_bytes = tree_bytes(get_family(model_config.family).abstract_params(model_config, dtype))
+    quantization = None if config.quantization == "none" else config.quantization
+    weights_bytes = tree_bytes(_served_shapes(model_config, dtype, quantization))
     num_pages = choose_num_pages(
         model_config,
         page_size=config.page_size,
@@ -137,8 +146,17 @@ def resolve_settings(
         step_budget=config.step_budget,
         objective=_objective(config),
         has_tbt_objective=config.slo_tbt_ms is not None,
+        quantization=quantization,
         cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
+
+
+def _served_shapes(model_config: ModelConfig, dtype: np.dtype, quantization: str | None) -> Params:
+    """Raises FormatError if the model cannot be quantised so."""
+    abstract = get_family(model_config.family).abstract_params(model_config, dtype)
+    if quantization is not None:
+        check_quantizable(model_config, abstract, quantization)
+    return quantized_shapes(abstract, quantization)
 
 
 def _resolve_rows(

@@ -31,6 +31,7 @@ from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, tree_bytes
 from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.engine.served_params import load_served_params
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.slots import SlotState, empty_slots, slot_state_shapes
@@ -40,7 +41,6 @@ from jaxserve.model_store import resolve
 from models.encoder_loading import is_encoder
 from models.loading import ModelSource, open_model
 from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
-from models.registry import get_family
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def _load_and_compile(source: ModelSource, settings: EngineSettings, phases: Pha
     ):
         state = allocator.submit(_allocate, settings)
         with phases.time("load weights"):
-            params = source.load_params(settings.dtype)
+            params = load_served_params(source, settings)
         with phases.time("wait for the pool"):
             kv_pool, slots = state.result()
         with phases.time("wait for the compiler"):
@@ -174,6 +174,7 @@ def program_spec(settings: EngineSettings) -> ProgramSpec:
         layouts=settings.layouts(),
         attention=settings.attention,
         max_model_len=settings.scheduler.max_model_len,
+        params=settings.abstract_params(),
     )
 
 
@@ -183,7 +184,7 @@ def _memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int =
         kv_pool_shape(config, scheduler.num_pages, scheduler.page_size), settings.dtype
     )
     return MemoryPlan(
-        weights_bytes=tree_bytes(get_family(config.family).abstract_params(config, settings.dtype)),
+        weights_bytes=tree_bytes(settings.abstract_params()),
         kv_pool_bytes=tree_bytes(pool),
         slots_bytes=tree_bytes(slot_state_shapes(scheduler.max_num_seqs, config.vocab_size)),
         temp_bytes=temp_bytes,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from models.ops.linear import matmul_precision
+from models.ops.precision import matmul_precision
 
 
 def route(

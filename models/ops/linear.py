@@ -9,13 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
-
-def matmul_precision(dtype: DTypeLike) -> lax.Precision:
-    """Full float32 products for float32 arrays: GPUs would else round them to TF32."""
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.Precision.DEFAULT
+from models.ops.precision import matmul_precision
+from models.ops.quantized import quantized_matmul
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +31,15 @@ class Adapter:
         return self.scale * jnp.matmul(low, self.b, precision=precision)
 
 
+@dataclass(frozen=True, slots=True)
+class KernelScale:
+    """What a quantised kernel's codes stand for; see `models.ops.quantized`."""
+
+    values: jax.Array
+
+
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)` in the kernel's dtype.
+    """`x @ kernel (+ bias)` in the kernel's dtype; in that of `x` if the kernel is quantised.
 
     Args:
         in_features: size of the last axis of the input.
@@ -65,10 +69,14 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((out_features,), dtype))
         self.use_bias = use_bias
         self.adapter: Adapter | None = None
+        self.scale: KernelScale | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
-        out = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
+        if self.scale is None:
+            out = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
+        else:
+            out = quantized_matmul(x, kernel, self.scale.values)
         if self.use_bias:
             out = out + self.bias[...]
         return out if self.adapter is None else out + self.adapter(x).astype(out.dtype)
@@ -89,3 +97,19 @@ def attach_adapters(module: nnx.Module, adapters: Mapping[str, Any], scale: floa
             child.adapter = Adapter(part["a"], part["b"], scale)
         else:
             attach_adapters(child, part, scale)
+
+
+def attach_scales(module: nnx.Module, scales: Mapping[str, Any]) -> None:
+    """Tell `module`'s projections that their kernels are codes.
+
+    Args:
+        module: as for `attach_adapters`.
+        scales: nested like the module's parameters, with `{"scale": ...}` where they have a
+            projection's kernel.
+    """
+    for name, part in scales.items():
+        child = getattr(module, name)
+        if isinstance(child, Linear):
+            child.scale = KernelScale(part["scale"])
+        else:
+            attach_scales(child, part)

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from models.ops.linear import matmul_precision
+from models.ops.precision import matmul_precision
 
 MASKED = -1e30
 """Finite, so that a text without tokens leaves no NaN behind."""

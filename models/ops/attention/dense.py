@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from models.config import ModelConfig
 from models.ops.attention.window import Window, layer_window
-from models.ops.linear import matmul_precision
+from models.ops.precision import matmul_precision
 
 Cache = TypeVar("Cache")
 

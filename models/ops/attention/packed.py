@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from models.ops.attention.window import Window
-from models.ops.linear import matmul_precision
+from models.ops.precision import matmul_precision
 
 MASKED = -1e30
 """Finite: a softmax over nothing but masked scores would be NaN, and so would its gradient."""

@@ -105,5 +105,5 @@ def test_smollm2_loses_little(
             assert running.engine.snapshot().compiles_after_ready == 0
         finally:
             running.close()
-    assert 5 < perplexities[0] < 60
+    assert 5 < perplexities[0] < 200
     assert abs(perplexities[1] / perplexities[0] - 1) < most_cost

@@ -49,8 +49,8 @@ def test_without_options_it_is_the_default_config() -> None:
 
 def test_every_option_reaches_its_field() -> None:
     arguments = (
-        "-m tiny.gguf --dtype float32 --policy slack --token-budget 64 --buckets 8,64 "
-        "--step-budget slack --slo-tbt-ms 50 --slo-ttft-ms 900.5 "
+        "-m tiny.gguf --dtype float32 --quantization int8 --policy slack "
+        "--token-budget 64 --buckets 8,64 --step-budget slack --slo-tbt-ms 50 --slo-ttft-ms 900.5 "
         "--max-num-seqs 8 --max-model-len 512 --kv-cache-bytes 1.5MiB --page-size 32 "
         "--watermark 0.1 --max-queued-requests 5 --max-queued-tokens 99 --no-prefix-caching "
         "--attention reference --compilation-cache-dir cache --port 7"
@@ -58,6 +58,7 @@ def test_every_option_reaches_its_field() -> None:
     expected = EngineConfig(
         model="tiny.gguf",
         dtype="float32",
+        quantization="int8",
         policy="slack",
         step_budget="slack",
         token_budget=64,
@@ -87,6 +88,8 @@ def test_every_option_reaches_its_field() -> None:
 def test_a_bad_value_names_its_option() -> None:
     with pytest.raises(ConfigError, match="--dtype"):
         parse("--dtype", "float8")
+    with pytest.raises(ConfigError, match="--quantization must be one of none, int8, int4"):
+        parse("--quantization", "int3")
 
 
 @pytest.mark.parametrize(

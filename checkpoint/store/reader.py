@@ -96,7 +96,7 @@ class StoreReader:
         Raises:
             NoGoodStep: there were steps, and none is whole.
         """
-        for step in reversed(self.steps()):
+        for step in self._newest_first():
             with contextlib.suppress(CorruptStep, StepNotFound), self._judging():
                 report = self.verify(step)
                 if report.ok:
@@ -129,7 +129,7 @@ class StoreReader:
             TreeMismatch, StoreUnreadable: as `restore`.
         """
         skipped: list[CorruptStep] = []
-        for step in reversed(self.steps()):
+        for step in self._newest_first():
             try:
                 restored = self._restore(step, abstract)
             except StepNotFound:
@@ -163,7 +163,7 @@ class StoreReader:
             NoGoodStep: no `step` was given, and none is whole.
             StoreUnreadable: the system refuses to read.
         """
-        for candidate in reversed(self.steps()) if step is None else [step]:
+        for candidate in self._newest_first() if step is None else [step]:
             try:
                 return self._open_step(candidate, check_files)
             except (CorruptStep, StepNotFound):
@@ -171,6 +171,14 @@ class StoreReader:
                     raise
         self._check_never_used()
         raise StepNotFound(f"{self.path}: nothing was saved to it yet")
+
+    def _newest_first(self) -> Iterator[int]:
+        """Each step once, and then those saved meanwhile: a writer that keeps few
+        may have deleted all of the listed ones before they were opened."""
+        tried: set[int] = set()
+        while listed := [step for step in self.steps() if step not in tried]:
+            tried.update(listed)
+            yield from reversed(listed)
 
     def _open_step(self, step: int, check_files: bool) -> OpenStep:
         with self._judging(), contextlib.ExitStack() as stack:

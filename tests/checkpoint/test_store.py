@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -397,14 +398,42 @@ def test_readers_beside_a_deleting_writer_never_see_damage(tmp_path: Path, small
 
     with Store(tmp_path, options) as store:
         store.save(1, small).wait()
-        thread = threading.Thread(target=read)
-        thread.start()
-        for step in range(2, 12):
-            store.save(step, small).wait()
-        stop.set()
-        thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(read)
+            try:
+                for step in range(2, 12):
+                    store.save(step, small).wait()
+            finally:
+                stop.set()
+            reading.result()
     assert len(found) > 3
     assert found == sorted(found)
+
+
+def test_a_reader_whose_listing_is_old_finds_what_came_since(tmp_path: Path, small: Any) -> None:
+    options = StoreOptions(retention=RetentionPolicy(keep_last=1), read_back=False)
+    with Store(tmp_path, options) as store:
+        for step in (1, 2, 3):
+            store.save(step, small).wait()
+    reader = ListsLate(tmp_path)
+    restored = reader.restore_latest(small)
+    assert restored is not None
+    assert (restored.step, restored.skipped) == (3, ())
+    assert ListsLate(tmp_path).latest_good() == 3
+    with ListsLate(tmp_path).open_step() as opened:
+        assert opened.step == 3
+
+
+class ListsLate(StoreReader):
+    """Its first listing is of before the last two saves."""
+
+    is_late = True
+
+    def steps(self) -> list[int]:
+        if not self.is_late:
+            return super().steps()
+        self.is_late = False
+        return [1]
 
 
 @given(

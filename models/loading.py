@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import numpy.typing as npt
 from jax.typing import DTypeLike
 
@@ -15,7 +17,7 @@ from checkpoint.errors import FormatError
 from checkpoint.formats.gguf import GgufFile
 from checkpoint.formats.safetensors import SafetensorsFolder
 from checkpoint.name_table import NameTable
-from checkpoint.param_loading import Progress, load_params
+from checkpoint.param_loading import Progress, flatten, load_params, unflatten
 from checkpoint.tensor_source import TensorSource
 from models.checkpoint_model import is_model_folder, open_stored_model
 from models.config import ModelConfig
@@ -24,6 +26,7 @@ from models.gguf_model import ROPE_TENSORS, config_from_gguf
 from models.gguf_tokenizer import tokenizer_from_gguf
 from models.hf_config import config_from_hf
 from models.json_file import read_json
+from models.lora import Lora, merge
 from models.model_path import split_step
 from models.own_names import SCANNED, UNSCANNED, own_name_table
 from models.registry import ModelFamily, get_family
@@ -42,6 +45,10 @@ class ModelSource:
     convention: str
     """Key of the family's `name_tables`, "hf" or "gguf", or one of models.own_names."""
     read_tokenizer: Callable[[], Tokenizer]
+    step: int | None = None
+    """The checkpoint's number; None for a model that is not one of ours."""
+    lora: Lora | None = None
+    """Adapters that `load_params` adds to the weights in `tensors`."""
 
     @property
     def family(self) -> ModelFamily:
@@ -76,7 +83,33 @@ class ModelSource:
             FormatError: the tensors do not fit the config; the message lists them.
         """
         abstract = self.family.abstract_params(self.config, dtype)
+        if self.lora is not None:
+            return self._load_merged(self.lora, abstract, progress, place)
         return load_params(self.tensors, self.name_table, abstract, place=place, progress=progress)
+
+    def _load_merged(
+        self,
+        lora: Lora,
+        abstract: Params,
+        progress: Progress | None,
+        place: Callable[[npt.NDArray[Any]], jax.Array],
+    ) -> Params:
+        """Float32 sums, rounded once. The host holds all weights until they are placed."""
+        wanted = flatten(abstract)
+        read = dict(wanted)
+        for name in flatten(lora.adapters):
+            path = f"{name.rpartition('.')[0]}.kernel"
+            read[path] = jax.ShapeDtypeStruct(wanted[path].shape, jnp.float32)
+        base = load_params(
+            self.tensors, self.name_table, unflatten(read), place=_stay, progress=progress
+        )
+        leaves = flatten(merge(base, lora))
+        return unflatten(
+            {
+                path: place(np.asarray(leaf).astype(wanted[path].dtype, copy=False))
+                for path, leaf in leaves.items()
+            }
+        )
 
 
 def open_model(path: str | Path) -> ModelSource:
@@ -134,7 +167,12 @@ def _open_own(path: Path, step: int | None) -> ModelSource:
         tensors=stored.tensors,
         convention=stored.convention,
         read_tokenizer=stored.load_tokenizer,
+        step=stored.step.step,
     )
+
+
+def _stay(host: npt.NDArray[Any]) -> Any:
+    return host
 
 
 def _open_folder(path: Path) -> ModelSource:

@@ -70,7 +70,8 @@ def save_peft(
         overwrite: whether files that are there may be replaced.
 
     Raises:
-        FormatError: the folder holds an adapter already and `overwrite` is False.
+        FormatError: the folder holds an adapter already and `overwrite` is False, or there are
+            adapters of projections whose rows peft's model has in another order.
     """
     present = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists()]
     if present and not overwrite:
@@ -93,7 +94,10 @@ def save_peft(
             tensors[name_a] = np.ascontiguousarray(low[layer].T)
             tensors[name_b] = np.ascontiguousarray(high[layer].T)
     if leaves or not tensors:
-        raise ValueError(f"adapters do not fit the model: {sorted(leaves) or 'there are none'}")
+        raise FormatError(
+            f"peft's format has no place for {', '.join(sorted(leaves)) or 'no adapters'} of a "
+            f"{config.family} model; merge them into its weights instead"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "peft_type": "LORA",

@@ -1,4 +1,4 @@
-"""`jaxserve checkpoint`: convert, reshard, verify, inspect, diff and list models on disk."""
+"""`jaxserve checkpoint`: convert, reshard, verify, inspect, diff and list models; adapters."""
 
 from __future__ import annotations
 
@@ -207,6 +207,25 @@ def reshard(
         ) as conversion,
     ):
         _run(conversion, limits, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def export_adapter(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A training run with [lora] (DIR or DIR@STEP).")
+    ],
+    target: Target,
+    force: Force = False,
+) -> None:
+    """Write a training run's adapters in PEFT's format, without the model they belong to.
+
+    Example: jaxserve checkpoint export-adapter runs/smollm2-lora adapter
+    """
+    from jaxserve.migration.lora import export_adapter as export
+
+    with _exit_codes():
+        export(_resolve(run), target, overwrite=force)
+    typer.echo(f"{target}: the adapters in PEFT's format")
 
 
 @app.command(epilog=EXIT_CODES)

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpoint.errors import FormatError
-from checkpoint.store_source import StoreSource
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.memory_plan import available_bytes, tree_bytes
@@ -22,8 +21,9 @@ from jaxserve.engine.served_params import load_served_params
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
 from jaxserve.errors import JaxserveError
+from jaxserve.trained_model import open_model
 from models.config import ModelConfig
-from models.loading import ModelSource, open_model
+from models.loading import ModelSource
 
 
 class WeightsRefused(JaxserveError):
@@ -82,7 +82,7 @@ class LiveWeights:
         Tokenizer, chat template and name of the model stay as they are.
 
         Args:
-            path: as for `models.loading.open_model`.
+            path: as for `jaxserve.trained_model.open_model`.
             timeout_s: how long to wait for the requests that have begun; None for ever.
 
         Raises:
@@ -94,7 +94,7 @@ class LiveWeights:
             try:
                 source = open_model(path)
                 params = self._load(source)
-            except (ValueError, OSError) as error:  # FormatError and StoreError among them.
+            except (ValueError, OSError, JaxserveError) as error:  # FormatError, StoreError too.
                 raise WeightsRefused(f"{path} is not served: {error}") from error
             described = _described(source)
 
@@ -139,10 +139,8 @@ class LiveWeights:
 
 
 def _described(source: ModelSource) -> tuple[str, int | None]:
-    if isinstance(source.tensors, StoreSource):
-        step = source.tensors.step.step
-        return f"{source.name}@{step}", step
-    return source.name, None
+    name = source.name if source.step is None else f"{source.name}@{source.step}"
+    return name, source.step
 
 
 def _check_config(served: ModelConfig, other: ModelConfig) -> None:

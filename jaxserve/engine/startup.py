@@ -38,8 +38,9 @@ from jaxserve.engine.slots import SlotState, empty_slots, slot_state_shapes
 from jaxserve.engine.step import Params
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import resolve
+from jaxserve.trained_model import open_model
 from models.encoder_loading import is_encoder
-from models.loading import ModelSource, open_model
+from models.loading import ModelSource
 from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from checkpoint.migrate.manifest import MigrationManifest
 from checkpoint.migrate.plan import NUM_BEING_WRITTEN, max_in_flight
 from checkpoint.migrate.run import Limits, Migration, OnProgress, migrate, peak_memory_bytes
 from jaxserve.errors import ConfigError, JaxserveError
-from jaxserve.migration.arrays import Updates, problems
+from jaxserve.migration.arrays import problems
+from jaxserve.migration.lora import low_rank_updates
 from jaxserve.migration.request import (
     LAYERS,
     MAX_WINDOW_BYTES,
@@ -22,6 +23,8 @@ from jaxserve.migration.request import (
 from jaxserve.migration.reshard import make_reshard
 from jaxserve.migration.source import SourceModel, open_source
 from jaxserve.migration.targets import make_migration
+from models.lora import Lora
+from models.lora_peft import load_peft
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,15 +84,23 @@ def plan_conversion(
     _check_apart(path, request.target)
     request = replace(request, window_bytes=_window_bytes(memory_bytes))
     with _opened(path) as source:
-        updates: Updates = {}
-        if request.lora is not None:
-            from jaxserve.migration.lora import low_rank_updates
-
-            updates = low_rank_updates(request.lora, source.config)
-        migration = make_migration(source, request, updates)
+        _check_apart(source.model.path, request.target)  # Another one, if `path` has adapters.
+        migration = make_migration(source, request, low_rank_updates(_adapters(source, request)))
         if check is not None:
             migration = replace(migration, check=lambda made: check(source, made))
         yield _planned(source, migration, num_workers, memory_bytes)
+
+
+def _adapters(source: SourceModel, request: ConversionRequest) -> Lora | None:
+    """What is merged: the source's own adapters, or those of the request."""
+    if request.lora is None:
+        return source.model.lora
+    if source.model.lora is not None:
+        raise ConfigError(
+            f"--lora {request.lora}: the source is a run of adapters itself, which are merged. "
+            "Convert it without --lora, then the result with it"
+        )
+    return load_peft(request.lora, source.config)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from checkpoint.migrate.compute import compute_window
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, PlannedArray
 from jaxserve.migration.arrays import planned, raw_array, step_arrays
+from jaxserve.migration.lora import low_rank_updates
 from jaxserve.migration.source import SourceModel, open_source
 from models.config_json import config_to_json
 
@@ -106,7 +107,8 @@ def _config(left: SourceModel, right: SourceModel) -> dict[str, tuple[Any, Any]]
 
 
 def _arrays(source: SourceModel) -> dict[str, PlannedArray]:
-    arrays = [planned(source, wanted, None, {}) for wanted in step_arrays(source, "scanned")]
+    updates = low_rank_updates(source.model.lora)
+    arrays = [planned(source, wanted, None, updates) for wanted in step_arrays(source, "scanned")]
     arrays += [raw_array(source, name, name) for name in source.others]
     return {array.name: array for array in arrays}
 

@@ -28,6 +28,11 @@ def make_reshard(source: SourceModel, target: Path, *, layers: str, window_bytes
     Raises:
         ConfigError: the source is no checkpoint of ours, or its layers do not fit together.
     """
+    if source.model.lora is not None:
+        raise ConfigError(
+            "reshard keeps all that a checkpoint holds, and that of a run with [lora] holds no "
+            "model; convert --to orbax merges its adapters into one"
+        )
     if source.format != "orbax":
         raise ConfigError(
             f"{source.model.path} is a {source.format} model; reshard takes a model folder with "

@@ -20,9 +20,10 @@ from checkpoint.param_loading import flatten
 from checkpoint.store_source import StoreSource
 from jaxserve.errors import JaxserveError
 from jaxserve.migration.carried import Carried, read_carried
+from jaxserve.trained_model import open_model
 from models.checkpoint_model import TOKENIZER
 from models.config import ModelConfig
-from models.loading import ModelSource, open_model
+from models.loading import ModelSource
 from models.model_path import split_step
 from models.tokenizer import Tokenizer
 from models.tokenizer_files import TOKENIZER_FILES
@@ -140,7 +141,7 @@ def open_source(path: Path, *, check_manifest: bool = True) -> SourceModel:
     """Open a model for migration.
 
     Args:
-        path: as for `models.loading.open_model`.
+        path: as for `jaxserve.trained_model.open_model`.
         check_manifest: compare all files with the manifest, if the source has one.
 
     Raises:
@@ -177,7 +178,8 @@ def open_source(path: Path, *, check_manifest: bool = True) -> SourceModel:
             "path": str(model.path.absolute()),
             "format": FORMATS[model.convention],
             "manifest_sha256": None if manifest is None else manifest.sha256,
-        },
+        }
+        | ({} if model.lora is None else {"adapters": f"{folder.absolute()}@{model.step}"}),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jaxserve.trainer.config import TrainConfig
 from jaxserve.trainer.data.dataset import TokenDataset
 from jaxserve.trainer.errors import RunError, TrainConfigError
-from jaxserve.trainer.fingerprint import NumericsFingerprint
+from jaxserve.trainer.fingerprint import BASE_MODEL, NumericsFingerprint
 from jaxserve.trainer.run_folder import RunFolder, write_json_durably
 from jaxserve.trainer.world import Difference, LogicalWorld
 
@@ -104,6 +104,16 @@ def check_numerics(
         )
     _write(folder, world, now)
     return differences
+
+
+def base_model_digest(folder: RunFolder) -> str | None:
+    """The digest of the files that a run's adapters belong to; None if it trains no adapters.
+
+    Raises:
+        RunError: there is no run, or its world.json is damaged.
+    """
+    folder.require()
+    return NumericsFingerprint.from_json(_read(folder)["numerics"]).digests.get(BASE_MODEL)
 
 
 def _write(folder: RunFolder, world: LogicalWorld, numerics: NumericsFingerprint) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,12 @@ from jaxserve.trainer.config import TrainConfig
 from jaxserve.trainer.config_file import build
 from jaxserve.trainer.data.dataset import TokenDataset
 from jaxserve.trainer.errors import TrainConfigError
-from jaxserve.trainer.fingerprint import NumericsFingerprint, take_fingerprint
+from jaxserve.trainer.fingerprint import (
+    BASE_MODEL,
+    NumericsFingerprint,
+    files_digest,
+    take_fingerprint,
+)
 from jaxserve.trainer.launch import Place, set_up_jax, xla_flags
 from jaxserve.trainer.read_log import LoggedDataset
 from jaxserve.trainer.step_record import Runner
@@ -23,8 +27,6 @@ from jaxserve.trainer.world import LogicalWorld
 from models.config import ModelConfig
 from models.loading import open_model
 from models.lora import LoraConfig
-
-_DIGEST_BLOCK_BYTES = 1 << 20
 
 
 def make_runner(spec: Mapping[str, Any]) -> tuple[Runner, NumericsFingerprint]:
@@ -96,17 +98,5 @@ def _model_of(
     def load() -> Any:
         return opened.load_params("float32")
 
-    return opened.config, load, {"base_model": _digest(path)} if config.lora is not None else {}
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a model's files, by name."""
-    hashed = hashlib.sha256()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            hashed.update(f"{file.name}\n{file.stat().st_size}\n".encode())
-            with file.open("rb") as data:
-                while block := data.read(_DIGEST_BLOCK_BYTES):
-                    hashed.update(block)
-    return hashed.hexdigest()
+    digests = {BASE_MODEL: files_digest(path)} if config.lora is not None else {}
+    return opened.config, load, digests

@@ -34,15 +34,21 @@ def open_model(path: str | Path) -> ModelSource:
         FormatError, StoreError, FileNotFoundError: as there.
     """
     run = loading.open_model(path)
+    if not holds_adapters(run):
+        return run
     tensors = run.tensors
-    if not isinstance(tensors, StoreSource):
-        return run
-    if not all(name.endswith(ADAPTER_LEAVES) for name in tensors.names()):
-        return run
+    assert isinstance(tensors, StoreSource)
     try:
         return _on_its_base(run, {name: tensors.read(name) for name in tensors.names()})
     finally:
         tensors.step.close()
+
+
+def holds_adapters(model: ModelSource) -> bool:
+    """Whether its checkpoint holds adapters in the place of parameters."""
+    return isinstance(model.tensors, StoreSource) and all(
+        name.endswith(ADAPTER_LEAVES) for name in model.tensors.names()
+    )
 
 
 def _on_its_base(run: ModelSource, leaves: dict[str, Any]) -> ModelSource:

@@ -27,6 +27,9 @@ from jaxserve.migration.diff import diff_models
 from jaxserve.migration.lora import export_adapter
 from jaxserve.trained_model import open_model
 from jaxserve.trainer.config import load_config
+from jaxserve.trainer.errors import TrainConfigError
+from jaxserve.trainer.run_folder import RunFolder
+from jaxserve.trainer.run_model import write_run_model
 from jaxserve.trainer.run_start import StartOptions, train
 from models import loading
 from models.checkpoint_model import CHECKPOINTS
@@ -187,6 +190,14 @@ def test_it_is_converted_and_its_adapters_are_exported(folder: Path, tmp_path: P
         ),
     ):
         pass
+
+
+def test_training_from_it_is_refused(folder: Path, tmp_path: Path) -> None:
+    settings = [f"model.source={folder / 'run'}", f"run_dir={tmp_path / 'next'}"]
+    config = load_config(folder / "run.toml", settings)
+    with pytest.raises(TrainConfigError, match=r"model\.source is .*/run, a run whose"):
+        write_run_model(config, RunFolder(tmp_path / "next"))
+    assert not (tmp_path / "next").exists()
 
 
 def moved(folder: Path, tmp_path: Path) -> Path:

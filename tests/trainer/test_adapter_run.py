@@ -14,6 +14,7 @@ import pytest
 
 from checkpoint.param_loading import flatten, unflatten
 from checkpoint.store import StoreReader
+from jaxserve.cli.checkpoint import export_adapter
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.live_weights import WeightsRefused
 from jaxserve.engine.offline import complete_in_order
@@ -24,7 +25,6 @@ from jaxserve.engine.startup import RunningEngine, start_engine
 from jaxserve.errors import ConfigError
 from jaxserve.migration.convert import plan_reshard
 from jaxserve.migration.diff import diff_models
-from jaxserve.migration.lora import export_adapter
 from jaxserve.trained_model import open_model
 from jaxserve.trainer.config import load_config
 from jaxserve.trainer.errors import TrainConfigError
@@ -172,7 +172,7 @@ def test_it_is_converted_and_its_adapters_are_exported(folder: Path, tmp_path: P
     assert diff_models(folder / "run", tmp_path / "hf").is_equal
     assert not diff_models(folder / "run", folder / "base").is_equal
 
-    export_adapter(Path(f"{folder / 'run'}@2"), tmp_path / "adapter", overwrite=False)
+    export_adapter(f"{folder / 'run'}@2", tmp_path / "adapter")
     exported = load_peft(tmp_path / "adapter", loading.open_model(folder / "base").config)
     assert exported.scale == SCALE
     trained = adapters(folder, 2)
@@ -180,7 +180,7 @@ def test_it_is_converted_and_its_adapters_are_exported(folder: Path, tmp_path: P
     for name, leaf in flatten(exported.adapters).items():
         np.testing.assert_array_equal(leaf, trained[name], err_msg=name)
     with pytest.raises(ConfigError, match="has no adapters"):
-        export_adapter(folder / "base", tmp_path / "none", overwrite=False)
+        export_adapter(str(folder / "base"), tmp_path / "none")
     with pytest.raises(ConfigError, match="is a run of adapters itself"):
         convert(folder / "run", tmp_path / "x", "safetensors", lora=tmp_path / "adapter")
     with (

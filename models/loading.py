@@ -101,7 +101,7 @@ class ModelSource:
             path = f"{name.rpartition('.')[0]}.kernel"
             read[path] = jax.ShapeDtypeStruct(wanted[path].shape, jnp.float32)
         base = load_params(
-            self.tensors, self.name_table, unflatten(read), place=_stay, progress=progress
+            self.tensors, self.name_table, unflatten(read), place=keep_on_host, progress=progress
         )
         leaves = flatten(merge(base, lora))
         return unflatten(
@@ -171,7 +171,8 @@ def _open_own(path: Path, step: int | None) -> ModelSource:
     )
 
 
-def _stay(host: npt.NDArray[Any]) -> Any:
+def keep_on_host(host: npt.NDArray[Any]) -> Any:
+    """For `place` of `ModelSource.load_params`: weights stay NumPy arrays."""
     return host
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 from jaxserve.engine.detokenizer import Detokenizer, DetokenizerFactory
 from jaxserve.engine.metrics import EngineMetrics
@@ -30,15 +30,64 @@ class Addressed:
 
 
 @dataclass(slots=True)
-class _OpenRequest:
-    """Output state of a request that has not had its last output."""
+class OpenRequest:
+    """A request that has not had its last output."""
 
     request: Request
     sink: OutputSink
+    num_tokens: int = field(default=0, kw_only=True)
+    """Of output, so far."""
+    first_token_s: float | None = field(default=None, kw_only=True)
+
+
+Open = TypeVar("Open", bound=OpenRequest)
+
+
+class OpenRequests(Generic[Open]):
+    """Sees that each request ends exactly once: it is open until its last output."""
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self._metrics = metrics
+        self._open: dict[str, Open] = {}
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def open_ids(self) -> list[str]:
+        return list(self._open)
+
+    def has(self, request_id: str) -> bool:
+        """Whether a request of this id is open."""
+        return request_id in self._open
+
+    def is_open(self, request: Request) -> bool:
+        """Whether this very request (not another of its id) is open."""
+        entry = self._open.get(request.request_id)
+        return entry is not None and entry.request is request
+
+    def _close(self, entry: Open, reason: FinishReason, now_s: float) -> Usage:
+        request = entry.request
+        del self._open[request.request_id]
+        scheduled_s = now_s if request.first_scheduled_s is None else request.first_scheduled_s
+        usage = Usage(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=entry.num_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            queue_s=scheduled_s - request.arrival_s,
+            ttft_s=0.0 if entry.first_token_s is None else entry.first_token_s - request.arrival_s,
+            e2e_s=now_s - request.arrival_s,
+        )
+        self._metrics.observe_finished(reason, usage)
+        return usage
+
+
+@dataclass(slots=True)
+class _OpenText(OpenRequest):
+    """Output state of a request that generates text."""
+
     detokenizer: Detokenizer
     matcher: StopStringMatcher
-    num_tokens: int = 0
-    first_token_s: float | None = None
     last_token_s: float = 0.0
 
     def text_of(self, token_id: int) -> str:
@@ -57,7 +106,7 @@ class _OpenRequest:
         return self.matcher.push(text)
 
 
-class OutputProcessor:
+class OutputProcessor(OpenRequests[_OpenText]):
     """Turns updates into outputs and sees that each request ends exactly once.
 
     A request is open from `open` to the output that carries its finish
@@ -65,29 +114,12 @@ class OutputProcessor:
     """
 
     def __init__(self, detokenizers: DetokenizerFactory, metrics: EngineMetrics) -> None:
+        super().__init__(metrics)
         self._detokenizers = detokenizers
-        self._metrics = metrics
-        self._open: dict[str, _OpenRequest] = {}
-
-    @property
-    def num_open(self) -> int:
-        return len(self._open)
-
-    def open_ids(self) -> list[str]:
-        return list(self._open)
-
-    def has(self, request_id: str) -> bool:
-        """Whether a request of this id is open."""
-        return request_id in self._open
-
-    def is_open(self, request: Request) -> bool:
-        """Whether this very request (not another of its id) is open."""
-        entry = self._open.get(request.request_id)
-        return entry is not None and entry.request is request
 
     def open(self, request: Request, sink: OutputSink) -> None:
         sampling = request.sampling
-        self._open[request.request_id] = _OpenRequest(
+        self._open[request.request_id] = _OpenText(
             request,
             sink,
             self._detokenizers.create(
@@ -141,7 +173,7 @@ class OutputProcessor:
         )
         return Addressed(entry.sink, output)
 
-    def _take_tokens(self, entry: _OpenRequest, update: TokenUpdate) -> tuple[int, str]:
+    def _take_tokens(self, entry: _OpenText, update: TokenUpdate) -> tuple[int, str]:
         """How many of the update's tokens count, and the text that may leave."""
         pieces = []
         num_text_tokens = len(update.token_ids)
@@ -157,7 +189,7 @@ class OutputProcessor:
                 return index + 1, "".join(pieces)
         return len(update.token_ids), "".join(pieces)
 
-    def _observe_tokens(self, entry: _OpenRequest, num_tokens: int, now_s: float) -> None:
+    def _observe_tokens(self, entry: _OpenText, num_tokens: int, now_s: float) -> None:
         if num_tokens == 0:
             return
         request = entry.request
@@ -171,18 +203,3 @@ class OutputProcessor:
         else:
             self._metrics.observe_tokens(num_tokens, since_last_s=now_s - entry.last_token_s)
         entry.last_token_s = now_s
-
-    def _close(self, entry: _OpenRequest, reason: FinishReason, now_s: float) -> Usage:
-        request = entry.request
-        del self._open[request.request_id]
-        scheduled_s = now_s if request.first_scheduled_s is None else request.first_scheduled_s
-        usage = Usage(
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_output_tokens=entry.num_tokens,
-            num_cached_tokens=request.num_cached_tokens,
-            queue_s=scheduled_s - request.arrival_s,
-            ttft_s=0.0 if entry.first_token_s is None else entry.first_token_s - request.arrival_s,
-            e2e_s=now_s - request.arrival_s,
-        )
-        self._metrics.observe_finished(reason, usage)
-        return usage

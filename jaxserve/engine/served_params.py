@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
-from models.loading import ModelSource
+from models.loading import ModelSource, keep_on_host
 from models.quantization import quantize_params
 
 Place = Callable[[npt.NDArray[Any]], jax.Array]
@@ -25,9 +25,5 @@ def load_served_params(
     """
     if settings.quantization is None:
         return source.load_params(settings.dtype, place=place)
-    on_host = source.load_params(settings.dtype, place=_stay)
+    on_host = source.load_params(settings.dtype, place=keep_on_host)
     return quantize_params(on_host, settings.quantization, place)
-
-
-def _stay(host: npt.NDArray[Any]) -> Any:
-    return host

@@ -16,7 +16,7 @@ from collections import deque
 from typing import NamedTuple
 
 from jaxserve.engine.pages import PagePool
-from jaxserve.engine.plan import Chunk, StepPlan, StepResults
+from jaxserve.engine.plan import NO_TOKEN, Chunk, StepPlan, StepResults
 from jaxserve.engine.request import (
     FinishReason,
     Request,
@@ -233,7 +233,7 @@ class Scheduler:
         """What a chunk, whose rows begin at `row`, gave. Runs for every sequence
         in every step, so that the usual case makes no call."""
         _, _, start, num_tokens, _, samples, _, targets = chunk
-        if reader.lacks_tokens and reader.lacks_token(row, len(targets) + samples):
+        if reader.lacks_tokens and NO_TOKEN in reader.token_ids[row : row + len(targets) + samples]:
             self.finish(request.request_id, FinishReason.ERROR)
             return TokenUpdate(request, (), (), (), FinishReason.ERROR)
         num_full_pages = (start + num_tokens) // self._page_size

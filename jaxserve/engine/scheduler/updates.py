@@ -17,10 +17,7 @@ class ResultReader:
         self._results = results
         self.token_ids: list[int] = results.token_ids.tolist()
         self.lacks_tokens = NO_TOKEN in self.token_ids
-
-    def lacks_token(self, row: int, num_rows: int) -> bool:
-        """Whether one of the rows from `row` on had no finite logits."""
-        return self.lacks_tokens and NO_TOKEN in self.token_ids[row : row + num_rows]
+        """Some row had no finite logits."""
 
     def logprobs(self, row: int, num_top: int) -> TokenLogprobs:
         """Logprobs of a row's token, with the `num_top` most likely ones."""

@@ -78,21 +78,34 @@ class JaxExecutor:
         for load in plan.slot_loads:
             self._num_slot_pages[load.slot] = 0
             self._page_table[load.slot] = self._spare_page
-            vector = self.programs.load_layout.pack(load)
-            self.slots = self.programs.load_slot(self.slots, self._put(vector))
+            self.load_slot(self.programs.load_layout.pack(load))
         for chunk in plan.chunks:
             if chunk.new_pages:
                 held = self._num_slot_pages[chunk.slot]
                 end = held + len(chunk.new_pages)
                 self._page_table[chunk.slot, held:end] = chunk.new_pages
                 self._num_slot_pages[chunk.slot] = end
-        vector = layout.pack(plan, self._page_table)
-        step = self.programs.steps[plan.num_rows_bucket]
+        outputs = self.step(plan.num_rows_bucket, layout.pack(plan, self._page_table))
+        outputs.copy_to_host_async()
+        self._in_flight.append((plan, outputs))
+
+    def load_slot(self, vector: np.ndarray) -> None:
+        """Dispatches a slot's load; `vector` is int32 `[programs.load_layout.size]`.
+
+        With `step` this is all that touches the device: whoever calls the two with the same
+        vectors in the same order does the same work.
+        """
+        self.slots = self.programs.load_slot(self.slots, self._put(vector))
+
+    def step(self, num_rows: int, vector: np.ndarray) -> jax.Array:
+        """Dispatches the step of a bucket; `vector` is int32 `[layout.size]` of that bucket.
+        Returns its outputs, see `unpack_outputs`."""
+        step = self.programs.steps[num_rows]
+        outputs: jax.Array
         self.kv_pool, self.slots, outputs = step(
             self.params, self.kv_pool, self.slots, self._put(vector)
         )
-        outputs.copy_to_host_async()
-        self._in_flight.append((plan, outputs))
+        return outputs
 
     def next_completion(self) -> tuple[StepPlan, StepResults]:
         if not self._in_flight:

@@ -20,9 +20,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from jaxserve.process_ties import Child, die_with_parent
 from jaxserve.trainer.control import Channel, Message
 from jaxserve.trainer.errors import RunError
-from jaxserve.trainer.process_ties import Child, die_with_parent
 
 TRAINER = "jaxserve.trainer.trainer"
 """The module whose `main(spec, channel, memory_fd)` a trainer runs; importing it imports all."""

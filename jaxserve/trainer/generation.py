@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxserve.process_ties import Child, is_stopped
 from jaxserve.trainer.control import Channel, Message
 from jaxserve.trainer.errors import RunError
 from jaxserve.trainer.fork_server import ForkServer
 from jaxserve.trainer.launch import Place
 from jaxserve.trainer.memory_file import MemoryFile, Phase, Status
-from jaxserve.trainer.process_ties import Child, is_stopped
 
 STACK_DUMP_S = 2.0
 END_S = 5.0

@@ -18,7 +18,7 @@ from jaxserve.trainer.memory_file import NUM_SLOTS, Bytes, Phase, Ranges, whole_
 from jaxserve.trainer.metrics_log import float_of_hex
 from jaxserve.trainer.run_services import RunServices, StopRequest
 from jaxserve.trainer.state_layout import StateLayout
-from jaxserve.trainer.watchdog import Watchdog
+from jaxserve.watchdog import Watchdog
 
 POLL_S = 0.1
 LEDGER_RETRY_EVERY_S = 1.0

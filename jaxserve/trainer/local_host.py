@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from jaxserve.distributed import free_port
 from jaxserve.trainer.balance import Speeds
 from jaxserve.trainer.config import PlacementSection
 from jaxserve.trainer.fork_server import ForkServer
 from jaxserve.trainer.generation import Generation
-from jaxserve.trainer.launch import Place, child_environment, environment_now, free_port
+from jaxserve.trainer.launch import Place, child_environment, environment_now
 from jaxserve.trainer.run_services import RunServices
 
 

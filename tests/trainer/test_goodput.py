@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxserve.trainer.goodput import CATEGORIES, Goodput
-from jaxserve.trainer.watchdog import Watchdog
+from jaxserve.watchdog import Watchdog
 
 
 class Clock:

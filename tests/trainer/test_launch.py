@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from jaxserve.trainer.launch import child_environment, environment_now, free_port
+from jaxserve.distributed import free_port
+from jaxserve.trainer.launch import child_environment, environment_now
 
 _TRAINER = """
 import json, sys

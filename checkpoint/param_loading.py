@@ -17,8 +17,19 @@ Leaf: TypeAlias = Any
 Progress: TypeAlias = Callable[[int, int], None]
 """Called as `progress(done_bytes, total_bytes)`, in bytes of the loaded parameters."""
 
+Place: TypeAlias = Callable[[str, npt.NDArray[Any]], Leaf]
+"""`place(path, host)` puts a host array, which nobody else holds, where the leaf of that path
+shall live."""
+
 MAX_NAMES_IN_ERROR = 20
 NOT_FLOATING = ("int", "uint", "bool", "complex")
+
+
+def put_on_device(path: str, host: npt.NDArray[Any]) -> jax.Array:
+    """A `Place`: the default device."""
+    del path
+    placed: jax.Array = jax.device_put(host)
+    return placed
 
 
 def load_params(
@@ -26,7 +37,7 @@ def load_params(
     table: NameTable,
     abstract: Mapping[str, Any],
     *,
-    place: Callable[[npt.NDArray[Any]], Leaf] = jax.device_put,
+    place: Place = put_on_device,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read every leaf of `abstract`.
@@ -38,7 +49,7 @@ def load_params(
         source: the file or folder.
         table: which tensor is which leaf.
         abstract: nested dict of `jax.ShapeDtypeStruct`; gives shapes and dtypes.
-        place: puts a host array, which nobody else holds, where the leaf shall live.
+        place: see `Place`.
         progress: see `Progress`.
 
     Returns:
@@ -65,7 +76,7 @@ def load_params(
             done_bytes += part.nbytes
             if progress is not None:
                 progress(done_bytes, total_bytes)
-        loaded[path] = place(host)
+        loaded[path] = place(path, host)
     return unflatten(loaded)
 
 

@@ -30,10 +30,11 @@ from jax.typing import DTypeLike
 
 from models.config import ModelConfig
 from models.layers import INIT_STDDEV, BranchOutput, LayerAttend
-from models.ops.linear import attach_adapters, attach_scales
+from models.ops.linear import attach_adapters, attach_scales, attach_shard
 from models.ops.norm import LayerNorm, RmsNorm, ZeroCentredRmsNorm
 from models.ops.precision import matmul_precision
 from models.ops.rope import Rope, layer_rope
+from models.ops.tensor_shard import TensorShard
 from models.training_hooks import NO_HOOKS, TrainingHooks
 
 Params: TypeAlias = dict[str, Any]
@@ -94,9 +95,25 @@ class Decoder:
         shapes: Params = jax.eval_shape(lambda: self.init_params(config, jax.random.key(0), dtype))
         return shapes
 
-    def embed(self, params: Params, config: ModelConfig, token_ids: jax.Array) -> jax.Array:
-        """`token_ids int32[T]` to rows `[T, E]`. Ids must be in `0 .. V-1`."""
-        rows = jnp.take(params["embed"], token_ids, axis=0, mode="clip")
+    def embed(
+        self,
+        params: Params,
+        config: ModelConfig,
+        token_ids: jax.Array,
+        shard: TensorShard | None = None,
+    ) -> jax.Array:
+        """`token_ids int32[T]` to rows `[T, E]`. Ids must be in `0 .. V-1`.
+
+        With `shard`, this device holds its part of the table's rows, see `run_layers`.
+        """
+        table = params["embed"]
+        if shard is None:
+            rows = jnp.take(table, token_ids, axis=0, mode="clip")
+        else:
+            own_ids = token_ids - shard.index() * table.shape[0]
+            is_held = (own_ids >= 0) & (own_ids < table.shape[0])
+            held = jnp.take(table, own_ids, axis=0, mode="clip")
+            rows = shard.sum(jnp.where(is_held[:, None], held, jnp.zeros_like(held)))
         if self.scales_embedding:
             # Rounded to the dtype first, as the models were trained.
             rows = rows * jnp.asarray(math.sqrt(config.hidden_size), rows.dtype)
@@ -111,18 +128,25 @@ class Decoder:
         cache: Cache,
         attend: Attend[Cache],
         hooks: TrainingHooks = NO_HOOKS,
+        shard: TensorShard | None = None,
+        first_layer: int | jax.Array = 0,
     ) -> tuple[jax.Array, Cache]:
-        """All L decoder layers as one `lax.scan`.
+        """The decoder layers in `params`, usually all L, as one `lax.scan`.
 
         Args:
             params: the model's parameters, quantised (`models.quantization`) or not.
-            config: the model's shape.
+            config: the model's shape; with `shard`, that of this device's part of a layer
+                (`models.sharding.ModelSharding.local_config`).
             x: `[T, E]`, rows of `embed`.
             positions: `int32[T]`, each row's position in its sequence.
             cache: any pytree, for example the KV pool. It rides in the scan's carry, where
                 XLA updates it in place.
             attend: see `Attend`.
             hooks: what training adds; the default adds nothing.
+            shard: this device's place among those that hold parts of each layer, inside
+                `shard_map`. `x` and the result are whole on each of them.
+            first_layer: index in the model of the first layer in `params`, which `attend` and
+                all that differs between layers go by; not 0 in a later stage of a pipeline.
 
         Returns:
             `(x [T, E], cache)`.
@@ -130,7 +154,8 @@ class Decoder:
         graph = _layer_graph(self, config)
         rope_of = layer_rope(config, positions)
         if self.learns_positions:
-            x = x + jnp.take(params["position_embed"], positions, axis=0, mode="clip")
+            placed = x + jnp.take(params["position_embed"], positions, axis=0, mode="clip")
+            x = jnp.where(first_layer == 0, placed, x)
 
         adapters = {} if hooks.lora is None else hooks.lora.adapters["layers"]
         scales = params.get("kernel_scales", {})
@@ -142,6 +167,8 @@ class Decoder:
             state, layer_scales, layer_adapters, layer_index = layer_inputs
             layer: Any = nnx.merge(graph, state)
             attach_scales(layer, layer_scales)
+            if shard is not None:
+                attach_shard(layer, shard)
             if hooks.lora is not None:
                 attach_adapters(layer, layer_adapters, hooks.lora.scale)
             rows, layer_cache = layer(
@@ -152,7 +179,8 @@ class Decoder:
             )
             return (rows, layer_cache), ()
 
-        layer_indices = jnp.arange(config.num_layers, dtype=jnp.int32)
+        num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+        layer_indices = first_layer + jnp.arange(num_layers, dtype=jnp.int32)
         layers = (params["layers"], scales, adapters, layer_indices)
         (x, cache), _ = lax.scan(hooks.wrap_layer(body), (x, cache), layers)
         return x, cache
@@ -161,20 +189,32 @@ class Decoder:
         """The top-level entries of the parameters that `logits` reads."""
         return ("final_norm", "embed" if config.tie_word_embeddings else "lm_head")
 
-    def logits(self, params: Params, config: ModelConfig, x: jax.Array) -> jax.Array:
-        """Final norm and LM head: `x [N, E]` to `float32[N, V]`."""
+    def logits(
+        self,
+        params: Params,
+        config: ModelConfig,
+        x: jax.Array,
+        shard: TensorShard | None = None,
+    ) -> jax.Array:
+        """Final norm and LM head: `x [N, E]` to `float32[N, V]`.
+
+        With `shard`, this device holds its part of the head's V, see `run_layers`; the logits
+        are whole on each device.
+        """
         norm: Any = nnx.merge(_norm_graph(self, config), params["final_norm"])
         if config.tie_word_embeddings:
             head, head_axes = params["embed"], "ve"
         else:
             head, head_axes = params["lm_head"], "ev"
-        return jnp.einsum(
+        logits = jnp.einsum(
             f"ne,{head_axes}->nv",
             norm(x),
             head,
             precision=matmul_precision(head.dtype),
             preferred_element_type=jnp.float32,
         )
+        # The vocabulary is padded to a multiple of the devices.
+        return logits if shard is None else shard.gather(logits)[:, : config.vocab_size]
 
     def make_layer(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
         """One layer with initial values."""

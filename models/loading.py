@@ -17,7 +17,14 @@ from checkpoint.errors import FormatError
 from checkpoint.formats.gguf import GgufFile
 from checkpoint.formats.safetensors import SafetensorsFolder
 from checkpoint.name_table import NameTable
-from checkpoint.param_loading import Progress, flatten, load_params, unflatten
+from checkpoint.param_loading import (
+    Place,
+    Progress,
+    flatten,
+    load_params,
+    put_on_device,
+    unflatten,
+)
 from checkpoint.tensor_source import TensorSource
 from models.checkpoint_model import is_model_folder, open_stored_model
 from models.config import ModelConfig
@@ -70,14 +77,14 @@ class ModelSource:
         self,
         dtype: DTypeLike,
         progress: Progress | None = None,
-        place: Callable[[npt.NDArray[Any]], jax.Array] = jax.device_put,
+        place: Place = put_on_device,
     ) -> Params:
         """All parameters in `dtype`, as the family's pytree.
 
         Args:
             dtype: of every leaf, e.g. `jnp.float32`.
             progress: called as `progress(done_bytes, total_bytes)`, from this thread.
-            place: puts one leaf, a host array, on the device or mesh.
+            place: puts a leaf on the device or mesh, see `checkpoint.param_loading.Place`.
 
         Raises:
             FormatError: the tensors do not fit the config; the message lists them.
@@ -92,7 +99,7 @@ class ModelSource:
         lora: Lora,
         abstract: Params,
         progress: Progress | None,
-        place: Callable[[npt.NDArray[Any]], jax.Array],
+        place: Place,
     ) -> Params:
         """Float32 sums, rounded once. The host holds all weights until they are placed."""
         wanted = flatten(abstract)
@@ -106,7 +113,7 @@ class ModelSource:
         leaves = flatten(merge(base, lora))
         return unflatten(
             {
-                path: place(np.asarray(leaf).astype(wanted[path].dtype, copy=False))
+                path: place(path, np.asarray(leaf).astype(wanted[path].dtype, copy=False))
                 for path, leaf in leaves.items()
             }
         )
@@ -171,8 +178,9 @@ def _open_own(path: Path, step: int | None) -> ModelSource:
     )
 
 
-def keep_on_host(host: npt.NDArray[Any]) -> Any:
+def keep_on_host(path: str, host: npt.NDArray[Any]) -> Any:
     """For `place` of `ModelSource.load_params`: weights stay NumPy arrays."""
+    del path
     return host
 
 

@@ -23,6 +23,7 @@ from models.llama import LlamaLayer
 from models.ops.activation import ACTIVATIONS
 from models.ops.experts import expert_matmul, route
 from models.ops.norm import RmsNorm
+from models.ops.tensor_shard import TensorShard
 from models.qwen import Qwen3Layer
 
 
@@ -46,7 +47,8 @@ class MoeMlp(nnx.Module):
             return ExpertKernels(shape, dtype=dtype, rngs=rngs)
 
         self.activation = config.hidden_act
-        self.num_experts, self.num_chosen = config.num_experts, config.num_experts_per_token
+        self.num_chosen = config.num_experts_per_token
+        self.shard: TensorShard | None = None
         self.normalizes = config.normalize_expert_weights
         self.router = make_linear(
             config.hidden_size, config.num_experts, use_bias=False, dtype=dtype, rngs=rngs
@@ -56,18 +58,31 @@ class MoeMlp(nnx.Module):
         self.down_proj = kernels(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`x [T, E]` to `[T, E]`. A row's experts do not depend on other rows."""
+        """`x [T, E]` to `[T, E]`. A row's experts do not depend on other rows.
+
+        With `shard`, this device holds some of the experts and adds nothing for the others.
+        """
         num_rows = x.shape[0]
+        num_held = self.gate_proj.kernel[...].shape[0]
         expert_ids, weights = route(self.router(x), self.num_chosen, normalize=self.normalizes)
+        if self.shard is not None:
+            expert_ids = expert_ids - self.shard.index() * num_held
+            # After all that are held, and so in no group.
+            is_held = (expert_ids >= 0) & (expert_ids < num_held)
+            expert_ids = jnp.where(is_held, expert_ids, num_held)
         order = jnp.argsort(expert_ids.ravel(), stable=True)
-        group_sizes = jnp.bincount(expert_ids.ravel(), length=self.num_experts)
+        group_sizes = jnp.bincount(expert_ids.ravel(), length=num_held + 1)[:num_held]
         rows = x[order // self.num_chosen]
         hidden = ACTIVATIONS[self.activation](self.gate_proj(rows, group_sizes))
         hidden = hidden * self.up_proj(rows, group_sizes)
         by_expert = self.down_proj(hidden, group_sizes)
         chosen = by_expert[jnp.argsort(order)].reshape(num_rows, self.num_chosen, -1)
+        if self.shard is not None:
+            # Rows in no group hold anything.
+            chosen = jnp.where(is_held[..., None], chosen, jnp.zeros_like(chosen))
         weighted = chosen * weights[..., None].astype(chosen.dtype)
-        return weighted.sum(axis=1)
+        out = weighted.sum(axis=1)
+        return out if self.shard is None else self.shard.sum(out)
 
 
 class MixtralLayer(LlamaLayer):

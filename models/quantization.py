@@ -16,12 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpoint.errors import FormatError
-from checkpoint.param_loading import flatten, unflatten
+from checkpoint.param_loading import Place, flatten, unflatten
 from models.config import ModelConfig
 from models.decoder import Params
 from models.ops.quantized import INT4_GROUP, quantize
-
-Place = Callable[[npt.NDArray[Any]], jax.Array]
 
 _KERNEL = ".kernel"
 
@@ -57,7 +55,12 @@ def quantized_shapes(abstract: Params, weight_format: str | None) -> Params:
     return unflatten(leaves)
 
 
-def quantize_params(params: Params, weight_format: str, place: Place) -> Params:
+def quantize_params(
+    params: Params,
+    weight_format: str,
+    place: Place,
+    num_input_parts: Callable[[str], int] = lambda _: 1,
+) -> Params:
     """Parameters on the device, with their kernels in few bits.
 
     Args:
@@ -65,6 +68,8 @@ def quantize_params(params: Params, weight_format: str, place: Place) -> Params:
             no more than these are held.
         weight_format: one of `models.ops.quantized.FORMATS`.
         place: puts a leaf on the device.
+        num_input_parts: how many devices share the inputs of a kernel, by its path. Each part is
+            quantised by itself, so that int4's bytes pair inputs of one part.
     """
     leaves = flatten(params)
     kernels = set(_kernels(params))
@@ -73,11 +78,24 @@ def quantize_params(params: Params, weight_format: str, place: Place) -> Params:
     for path in list(leaves):
         host = np.asarray(leaves.pop(path))
         if path in kernels:
-            codes, scales = quantize(host, weight_format)
-            placed[path], placed[_scale_path(path)] = place(codes), place(scales)
+            codes, scales = _quantize_parts(host, weight_format, num_input_parts(path))
+            placed[path] = place(path, codes)
+            placed[_scale_path(path)] = place(_scale_path(path), scales)
         else:
-            placed[path] = place(host)
+            placed[path] = place(path, host)
     return unflatten(placed)
+
+
+def _quantize_parts(
+    kernel: npt.NDArray[Any], weight_format: str, num_parts: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Codes and scales of `kernel [L, in, out]`, its inputs in `num_parts` parts."""
+    if weight_format == "int8":  # A scale belongs to all inputs, and a code to one.
+        return quantize(kernel, weight_format)
+    num_layers, num_in, num_out = kernel.shape
+    parts = kernel.reshape(num_layers, num_parts, num_in // num_parts, num_out)
+    codes, scales = quantize(parts, weight_format)
+    return codes.reshape(num_layers, -1, num_out), scales.reshape(num_layers, -1, num_out)
 
 
 def _kernels(params: Params) -> dict[str, Any]:

@@ -26,9 +26,22 @@ from models.gemma3 import GEMMA3_DECODER
 from models.gpt2 import GPT2_DECODER
 from models.llama import LLAMA_DECODER
 from models.moe import MIXTRAL_DECODER, QWEN3_MOE_DECODER
+from models.ops.tensor_shard import TensorShard
 from models.phi3 import PHI3_DECODER
 from models.qwen import QWEN2_DECODER, QWEN3_DECODER
 from models.training_hooks import TrainingHooks
+
+
+class Embed(Protocol):
+    """See `models.decoder.Decoder.embed`."""
+
+    def __call__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        token_ids: jax.Array,
+        shard: TensorShard | None = ...,
+    ) -> jax.Array: ...
 
 
 class RunLayers(Protocol):
@@ -43,7 +56,21 @@ class RunLayers(Protocol):
         cache: Cache,
         attend: Attend[Cache],
         hooks: TrainingHooks = ...,
+        shard: TensorShard | None = ...,
+        first_layer: int | jax.Array = ...,
     ) -> tuple[jax.Array, Cache]: ...
+
+
+class Logits(Protocol):
+    """See `models.decoder.Decoder.logits`."""
+
+    def __call__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        x: jax.Array,
+        shard: TensorShard | None = ...,
+    ) -> jax.Array: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +80,9 @@ class ModelFamily:
     name: str
     init_params: Callable[[ModelConfig, jax.Array, DTypeLike], Params]
     abstract_params: Callable[[ModelConfig, DTypeLike], Any]
-    embed: Callable[[Params, ModelConfig, jax.Array], jax.Array]
+    embed: Embed
     run_layers: RunLayers
-    logits: Callable[[Params, ModelConfig, jax.Array], jax.Array]
+    logits: Logits
     logits_params: Callable[[ModelConfig], tuple[str, ...]]
     """The top-level entries of the parameters that `logits` reads."""
     name_tables: Mapping[str, Callable[[ModelConfig], NameTable]]

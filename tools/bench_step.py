@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.jax_executor import JaxExecutor
-from jaxserve.engine.memory_plan import tree_bytes
+from jaxserve.engine.memory_plan import bytes_per_device
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampler import sample
 from jaxserve.engine.sampling_params import SamplingParams
@@ -95,7 +95,7 @@ def pool_figures(
         "large_over_small_pool": times["large"] / times["small"],
         "temporaries_mb": program.programs.temp_bytes / 1e6,
         "one_kv_layer_of_large_pool_mb": float(np.prod(layer)) * settings.dtype.itemsize / 1e6,
-        "weights_mb": tree_bytes(params) / 1e6,
+        "weights_mb": bytes_per_device(params) / 1e6,
     }
 
 
@@ -110,7 +110,7 @@ def sampling_figures(settings: EngineSettings, params: Any, repeats: int) -> dic
         executor = build_executor(settings, params)
         step = decode_step(executor, [128] * NUM_SLOTS, mix)
         step()
-        slots = jax.tree.map(jnp.copy, executor.slots)
+        slots = jax.tree.map(jnp.copy, executor.device.slots)
 
         def only_sample(slots: Any = slots) -> None:
             jax.block_until_ready(sampler(logits, slots, rows, rows, targets))

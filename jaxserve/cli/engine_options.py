@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxserve.engine.config import DTYPES, POLICIES, QUANTIZATIONS, STEP_BUDGETS, EngineConfig
+from models.mesh_shape import MeshError, MeshShape, parse_mesh
 
 _UNIT_BYTES = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
@@ -49,6 +50,14 @@ def parse_buckets(text: str) -> str | tuple[int, ...]:
         ) from None
 
 
+def parse_mesh_option(text: str) -> MeshShape:
+    """A mesh of "data=2,tensor=4"."""
+    try:
+        return parse_mesh(text)
+    except MeshError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def complete_model(incomplete: str) -> list[str]:
     from jaxserve.model_catalog import CATALOG
 
@@ -63,6 +72,7 @@ def _complete_from(values: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 _MODEL = "Model and numbers"
+_MESH = "Devices"
 _STEP = "Step and batch"
 _MEMORY = "KV cache"
 _QUEUE = "Queue"
@@ -102,6 +112,25 @@ ENGINE_OPTIONS: dict[str, Any] = {
         typer.Option(
             help="Implementation of attention; auto picks the fastest for the platform.",
             rich_help_panel=_MODEL,
+        ),
+    ],
+    "mesh": Annotated[
+        Any,
+        typer.Option(
+            help="Devices to serve the model on, like tensor=4 or data=2,stage=2,tensor=2 "
+            "(docs/meshes.md).",
+            metavar="AXIS=N,..",
+            parser=parse_mesh_option,
+            show_default="one device",
+            rich_help_panel=_MESH,
+        ),
+    ],
+    "virtual_devices": Annotated[
+        int | None,
+        typer.Option(
+            help="Divides a CPU into that many devices, to try a mesh out.",
+            show_default="1",
+            rich_help_panel=_MESH,
         ),
     ],
     "policy": Annotated[

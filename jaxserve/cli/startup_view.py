@@ -13,6 +13,7 @@ from jaxserve.engine.memory_plan import format_bytes
 if TYPE_CHECKING:
     from jaxserve.engine.encoder.startup import EncoderReport
     from jaxserve.engine.startup import StartupReport
+    from models.mesh_shape import MeshShape
 
 
 class PhasePrinter:
@@ -44,6 +45,7 @@ def _settings_table(report: StartupReport) -> Table:
     rows = {
         "model": report.model_name,
         "device": report.device,
+        "mesh": _mesh_text(settings.mesh),
         "dtype": settings.dtype.name,
         "weights": settings.quantization or settings.dtype.name,
         "attention": settings.attention.name,
@@ -57,6 +59,12 @@ def _settings_table(report: StartupReport) -> Table:
         "prefix cache": "on" if scheduler.prefix_caching else "off",
     }
     return _rows_table("settings", rows)
+
+
+def _mesh_text(mesh: MeshShape) -> str:
+    if mesh.num_devices == 1:
+        return "one device"
+    return f"{mesh}: {mesh.num_devices} devices"
 
 
 def _rows_table(title: str, rows: Mapping[str, str]) -> Table:
@@ -77,11 +85,12 @@ def _memory_table(report: StartupReport) -> Table:
         "temporaries of a step": memory.temp_bytes,
         "left free": memory.headroom_bytes,
     }
-    return _sizes_table(sizes)
+    one = report.settings.mesh.num_devices == 1
+    return _sizes_table(sizes, "memory" if one else "memory of each device")
 
 
-def _sizes_table(sizes: Mapping[str, int]) -> Table:
-    table = Table(title="memory", title_justify="left", show_header=False)
+def _sizes_table(sizes: Mapping[str, int], title: str = "memory") -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, size in sizes.items():

@@ -16,14 +16,17 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxserve.engine.slots import SlotLoadLayout, load_slot, slot_state_shapes
+from jaxserve.engine.mesh_step import make_mesh_load_slot, make_mesh_step
+from jaxserve.engine.slots import SlotLoadLayout, load_slot
 from jaxserve.engine.step import Params, make_step
+from jaxserve.engine.step_arrays import StepArrays
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
 from models.config import ModelConfig
-from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
 from models.ops.attention.registry import AttentionImplementation
+from models.sharding import ModelSharding
 
 _BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -69,6 +72,10 @@ class Programs:
     layouts: Mapping[int, StepLayout]
     load_slot: Callable[..., Any]
     load_layout: SlotLoadLayout
+    inputs_sharding: Sharding
+    """Of a step's inputs: of one device, or int32 `[D, P, layout.size]` of a mesh."""
+    load_sharding: Sharding
+    """Of a slot load: of one device, or int32 `[D, load_layout.size]` of a mesh."""
     temp_bytes: int
     """Most temporary memory of any program, from XLA's memory analysis."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -86,6 +93,11 @@ class ProgramSpec:
     max_model_len: int
     params: Params
     """The weights as `jax.ShapeDtypeStruct`."""
+    arrays: StepArrays
+    """What the steps update, as `jax.ShapeDtypeStruct`."""
+    device: jax.Device
+    sharding: ModelSharding | None = None
+    """Instead of `device`: the mesh."""
 
     @property
     def num_slots(self) -> int:
@@ -153,31 +165,54 @@ class ProgramBuild:
             layouts={layout.num_rows: layout for layout in self._spec.layouts},
             load_slot=self._load_slot.result()[0],
             load_layout=self._load_layout,
+            inputs_sharding=_inputs_sharding(self._spec),
+            load_sharding=_load_sharding(self._spec),
             temp_bytes=max(_temp_bytes(future.result()[0]) for future in futures),
             seconds=seconds,
         )
 
     def _compile_load_slot(self) -> Any:
-        spec = self._spec
-        slots = slot_state_shapes(spec.num_slots, spec.config.vocab_size)
-        vector = jax.ShapeDtypeStruct((self._load_layout.size,), jnp.int32)
-        program = jax.jit(partial(load_slot, layout=self._load_layout), donate_argnums=0)
-        return program.lower(slots, vector).compile()
+        spec, layout = self._spec, self._load_layout
+        load: Callable[..., Any] = partial(load_slot, layout=layout)
+        vector = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        if spec.sharding is not None:
+            load = make_mesh_load_slot(spec.sharding, layout)
+            vector = jax.ShapeDtypeStruct(
+                (spec.sharding.shape.data, layout.size), jnp.int32, sharding=_load_sharding(spec)
+            )
+        return jax.jit(load, donate_argnums=0).lower(spec.arrays.slots, vector).compile()
 
 
 def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:
-    step = make_step(spec.config, layout, spec.attention)
-    pool_shape = kv_pool_shape(spec.config, layout.num_pages, layout.tiling.page_size)
+    sharding = spec.sharding
+    step: Callable[..., Any]
+    if sharding is None:
+        step = make_step(spec.config, layout, spec.attention)
+        vector = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+    else:
+        step = make_mesh_step(sharding, layout, spec.attention, spec.params)
+        vector = jax.ShapeDtypeStruct(
+            (sharding.shape.data, sharding.shape.stage, layout.size),
+            jnp.int32,
+            sharding=_inputs_sharding(spec),
+        )
     return (
         jax.jit(step, donate_argnums=(1, 2))
-        .lower(
-            spec.params,
-            jax.ShapeDtypeStruct(pool_shape, storage_dtype(spec.dtype)),
-            slot_state_shapes(layout.num_slots, spec.config.vocab_size),
-            jax.ShapeDtypeStruct((layout.size,), jnp.int32),
-        )
+        .lower(spec.params, spec.arrays.kv_pool, spec.arrays.slots, vector)
         .compile()
     )
+
+
+def _inputs_sharding(spec: ProgramSpec) -> Sharding:
+    if spec.sharding is None:
+        return SingleDeviceSharding(spec.device)
+    return spec.sharding.named("replicas", "plans")
+
+
+def _load_sharding(spec: ProgramSpec) -> Sharding:
+    if spec.sharding is None:
+        return SingleDeviceSharding(spec.device)
+    return spec.sharding.named("replicas")
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

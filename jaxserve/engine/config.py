@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.errors import ConfigError
+from models.mesh_shape import ONE_DEVICE, MeshShape
 
 DTYPES = ("auto", "float32", "bfloat16")
 POLICIES = (
@@ -35,6 +36,10 @@ class EngineConfig:
     quantization: str = "none"
     """Of the projections' weights: int8 (a scale for each output channel) or int4 (one for each
     32 inputs of a channel)."""
+    mesh: MeshShape = ONE_DEVICE
+    """Devices that serve the model. Slots, pages and token budget are those of one replica."""
+    virtual_devices: int | None = None
+    """Devices that a CPU is divided into, to try meshes out. None: one."""
     policy: str = "sarathi"
     step_budget: str = "tokens"
     """What limits the prefills of a step: tokens (`token_budget` rows), time
@@ -91,6 +96,7 @@ class EngineConfig:
             "max_model_len",
             "kv_cache_bytes",
             "page_size",
+            "virtual_devices",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

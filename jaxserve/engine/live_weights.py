@@ -15,9 +15,9 @@ import numpy.typing as npt
 from checkpoint.errors import FormatError
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.jax_executor import JaxExecutor
-from jaxserve.engine.memory_plan import available_bytes, tree_bytes
+from jaxserve.engine.memory_plan import available_bytes, bytes_per_device
 from jaxserve.engine.pages import PagePool
-from jaxserve.engine.served_params import load_served_params
+from jaxserve.engine.served_params import load_served_params, make_place
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
 from jaxserve.errors import JaxserveError
@@ -100,7 +100,7 @@ class LiveWeights:
 
             def exchange() -> None:
                 self._pages.forget()
-                self._executor.params = params
+                self._executor.device.params = params
                 self._name, self._step = described
                 self._num_swaps += 1
 
@@ -118,22 +118,23 @@ class LiveWeights:
 
     def _load(self, source: ModelSource) -> Params:
         _check_config(self._settings.model_config, source.config)
-        device = self._settings.device
-        needed = tree_bytes(self._executor.params)
-        free = available_bytes(device)
+        settings = self._settings
+        needed = bytes_per_device(self._executor.device.params)
+        free = available_bytes(settings.device, settings.mesh.num_devices)
+        put = make_place(settings)
         if needed > free:
             raise FormatError(
                 f"both versions must be in memory for a moment: {needed / 1e6:.0f} MB more are "
                 f"needed, {free / 1e6:.0f} MB are free"
             )
 
-        def place(host: npt.NDArray[Any]) -> jax.Array:
+        def place(path: str, host: npt.NDArray[Any]) -> jax.Array:
             if not np.isfinite(host).all():
                 raise FormatError("its weights hold NaN or infinity")
-            placed: jax.Array = jax.device_put(host, device)
+            placed: jax.Array = put(path, host)
             return placed
 
-        params = load_served_params(source, self._settings, place)
+        params = load_served_params(source, settings, place)
         jax.block_until_ready(params)
         return params
 

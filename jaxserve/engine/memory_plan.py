@@ -10,6 +10,7 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.host_memory import read_host_memory
 from models.config import ModelConfig
+from models.mesh_shape import MeshShape
 from models.ops.attention.kv_pool import page_bytes
 
 CPU_POOL_SEQUENCES = 8
@@ -53,17 +54,23 @@ class MemoryPlan:
             )
 
 
-def tree_bytes(tree: object) -> int:
-    """Bytes of a pytree of (abstract) arrays."""
-    return sum(
-        int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
+def bytes_per_device(tree: object) -> int:
+    """Bytes that a pytree of (abstract) arrays takes on one of its devices."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += int(np.prod(shape)) * np.dtype(leaf.dtype).itemsize
+    return total
 
 
-def available_bytes(device: jax.Device) -> int:
-    """Memory that can still be taken on this device."""
+def available_bytes(device: jax.Device, num_sharing: int = 1) -> int:
+    """Memory that can still be taken on this device.
+
+    `num_sharing` virtual devices of a CPU have the host's memory between them.
+    """
     if device.platform == "cpu":
-        return read_host_memory().available_bytes
+        return read_host_memory().available_bytes // num_sharing
     stats = device.memory_stats() or {}
     return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
 
@@ -78,17 +85,29 @@ def choose_num_pages(
     kv_cache_bytes: int | None,
     weights_bytes: int,
     device: jax.Device,
+    mesh: MeshShape,
 ) -> int:
-    """Pages that fit the asked bytes, or the platform's default."""
+    """Pages of a replica that fit the asked bytes, or the platform's default.
+
+    Args:
+        config: of the model, with as many KV heads as are kept.
+        page_size, dtype, max_model_len, max_num_seqs: of a replica.
+        kv_cache_bytes: of a replica, on all of its devices together.
+        weights_bytes: on each device.
+        device: the first one.
+        mesh: all of them.
+    """
     one_page = page_bytes(config, page_size, dtype)
     pages_per_seq = -(-max_model_len // page_size)
     if kv_cache_bytes is None:
-        free = available_bytes(device)
+        # Every device of a replica holds an equal part of each page.
+        num_devices = mesh.stage * mesh.tensor
+        free = available_bytes(device, mesh.num_devices)
         if device.platform == "cpu":
             wanted = CPU_POOL_SEQUENCES * pages_per_seq * one_page
-            kv_cache_bytes = min(wanted, int(CPU_POOL_FRACTION * free))
+            kv_cache_bytes = min(wanted, int(CPU_POOL_FRACTION * free * num_devices))
         else:
-            kv_cache_bytes = int(GPU_POOL_FRACTION * (free - weights_bytes))
+            kv_cache_bytes = int(GPU_POOL_FRACTION * (free - weights_bytes)) * num_devices
         # Every slot at full length, and as much again for the prefix cache.
         kv_cache_bytes = min(kv_cache_bytes, 2 * max_num_seqs * pages_per_seq * one_page)
     # One page is spare, see `kv_pool`.

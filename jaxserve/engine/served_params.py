@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy.typing as npt
 
+from checkpoint.param_loading import Place
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
 from models.loading import ModelSource, keep_on_host
 from models.quantization import quantize_params
 
-Place = Callable[[npt.NDArray[Any]], jax.Array]
-
 
 def load_served_params(
-    source: ModelSource, settings: EngineSettings, place: Place = jax.device_put
+    source: ModelSource, settings: EngineSettings, place: Place | None = None
 ) -> Params:
-    """All weights of `source` on the device.
+    """All weights of `source` on the device, or on each device of the mesh its part.
 
     Quantised ones are read in full to the host first. Raises what `ModelSource.load_params` does.
+
+    Args:
+        source: of the model in the settings.
+        settings: dtype, format and mesh.
+        place: puts a leaf there; by default `make_place(settings)`.
     """
+    place = place or make_place(settings)
     if settings.quantization is None:
         return source.load_params(settings.dtype, place=place)
     on_host = source.load_params(settings.dtype, place=keep_on_host)
-    return quantize_params(on_host, settings.quantization, place)
+    sharding = settings.sharding
+    if sharding is None:
+        return quantize_params(on_host, settings.quantization, place)
+    return quantize_params(on_host, settings.quantization, place, sharding.num_input_parts)
+
+
+def make_place(settings: EngineSettings) -> Place:
+    """Puts a leaf of the whole model where the steps look for it."""
+    if settings.sharding is not None:
+        return settings.sharding.place
+
+    def place(path: str, host: npt.NDArray[Any]) -> jax.Array:
+        del path
+        placed: jax.Array = jax.device_put(host, settings.device)
+        return placed
+
+    return place

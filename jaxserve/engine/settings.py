@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.engine.config import EngineConfig
-from jaxserve.engine.memory_plan import choose_num_pages, tree_bytes
+from jaxserve.engine.memory_plan import bytes_per_device, choose_num_pages
 from jaxserve.engine.request import ServiceObjective
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.deadlines import DEFAULT_OBJECTIVE
@@ -20,10 +20,12 @@ from jaxserve.errors import ConfigError
 from jaxserve.model_store import default_root
 from models.config import ModelConfig
 from models.decoder import Params
+from models.mesh_shape import ONE_DEVICE, MeshShape
 from models.ops.attention.registry import AttentionImplementation, select
 from models.ops.attention.work import AttentionTiling
 from models.quantization import check_quantizable, quantized_shapes
 from models.registry import get_family
+from models.sharding import ModelSharding, check_quantized, make_sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +68,16 @@ class EngineSettings:
     """`objective.tbt_s` was asked for, so steps are measured at start."""
     quantization: str | None = None
     """Of the projections' weights, one of `models.ops.quantized.FORMATS`."""
+    sharding: ModelSharding | None = None
+    """On more devices than `device`; None on one."""
+
+    @property
+    def mesh(self) -> MeshShape:
+        return ONE_DEVICE if self.sharding is None else self.sharding.shape
 
     def abstract_params(self) -> Params:
         """The weights as they are served, as `jax.ShapeDtypeStruct`."""
-        return _served_shapes(self.model_config, self.dtype, self.quantization)
+        return _served_shapes(self.model_config, self.dtype, self.quantization, self.sharding)
 
     def layouts(self) -> tuple[StepLayout, ...]:
         """One static layout per bucket."""
@@ -92,7 +100,10 @@ class EngineSettings:
 def resolve_settings(
     config: EngineConfig, model_config: ModelConfig, device: jax.Device
 ) -> EngineSettings:
-    """Fills in every "auto". Raises ConfigError naming the flag to change."""
+    """Fills in every "auto". A mesh takes the first devices of `device`'s platform.
+
+    Raises ConfigError or MeshError naming the flag to change.
+    """
     defaults = CPU_DEFAULTS if device.platform == "cpu" else ACCELERATOR_DEFAULTS
     dtype = jnp.dtype(defaults.dtype if config.dtype == "auto" else config.dtype)
     try:
@@ -108,9 +119,12 @@ def resolve_settings(
     model_config = model_config.for_context(max_model_len)
     token_budget, max_num_seqs, buckets = _resolve_rows(config, defaults)
     quantization = None if config.quantization == "none" else config.quantization
-    weights_bytes = tree_bytes(_served_shapes(model_config, dtype, quantization))
+    sharding = None
+    if config.mesh.num_devices > 1:
+        sharding = make_sharding(model_config, config.mesh, jax.devices(device.platform))
+    weights_bytes = bytes_per_device(_served_shapes(model_config, dtype, quantization, sharding))
     num_pages = choose_num_pages(
-        model_config,
+        model_config if sharding is None else sharding.served_config,
         page_size=config.page_size,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -118,6 +132,7 @@ def resolve_settings(
         kv_cache_bytes=config.kv_cache_bytes,
         weights_bytes=weights_bytes,
         device=device,
+        mesh=config.mesh,
     )
     scheduler = SchedulerConfig(
         num_pages=num_pages,
@@ -147,16 +162,27 @@ def resolve_settings(
         objective=_objective(config),
         has_tbt_objective=config.slo_tbt_ms is not None,
         quantization=quantization,
+        sharding=sharding,
         cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
 
 
-def _served_shapes(model_config: ModelConfig, dtype: np.dtype, quantization: str | None) -> Params:
-    """Raises FormatError if the model cannot be quantised so."""
+def _served_shapes(
+    model_config: ModelConfig,
+    dtype: np.dtype,
+    quantization: str | None,
+    sharding: ModelSharding | None,
+) -> Params:
+    """Raises FormatError if the model cannot be quantised so, MeshError if not on this mesh."""
     abstract = get_family(model_config.family).abstract_params(model_config, dtype)
     if quantization is not None:
         check_quantizable(model_config, abstract, quantization)
-    return quantized_shapes(abstract, quantization)
+    abstract = quantized_shapes(abstract, quantization)
+    if sharding is None:
+        return abstract
+    if quantization is not None:
+        check_quantized(model_config, sharding.shape, quantization)
+    return sharding.abstract_params(abstract)
 
 
 def _resolve_rows(

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-
 from jaxserve.engine.compilation import (
     CompileCounter,
     ProgramBuild,
@@ -26,22 +23,23 @@ from jaxserve.engine.compilation import (
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.jax_executor import JaxExecutor
+from jaxserve.engine.launch import start_devices
 from jaxserve.engine.live_weights import LiveWeights
-from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, tree_bytes
+from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_device
 from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.served_params import load_served_params
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.sizing import make_scheduler
-from jaxserve.engine.slots import SlotState, empty_slots, slot_state_shapes
 from jaxserve.engine.step import Params
+from jaxserve.engine.step_arrays import abstract_arrays, allocate
+from jaxserve.engine.step_device import StepDevice
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import resolve
 from jaxserve.trained_model import open_model
 from models.encoder_loading import is_encoder
 from models.loading import ModelSource
-from models.ops.attention.kv_pool import kv_pool_shape, storage_dtype
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
@@ -92,10 +90,10 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     with phases.time("find model"):
         source = _open(config.model)
     with phases.time("start device"):
-        device = jax.devices()[0]
+        device = start_devices(config.virtual_devices)[0]
     settings = resolve_settings(config, source.config, device)
     use_compilation_cache(settings.cache_dir)
-    free_bytes = available_bytes(device)
+    free_bytes = available_bytes(device, config.mesh.num_devices)
     _memory_plan(settings, free_bytes).check()
     with phases.time("load tokenizer"):
         tokenizer = source.load_tokenizer()
@@ -149,23 +147,24 @@ def _load_and_compile(source: ModelSource, settings: EngineSettings, phases: Pha
         ProgramBuild(program_spec(settings)) as build,
         ThreadPoolExecutor(1, thread_name_prefix="allocate") as allocator,
     ):
-        state = allocator.submit(_allocate, settings)
+        state = allocator.submit(allocate, settings)
         with phases.time("load weights"):
             params = load_served_params(source, settings)
         with phases.time("wait for the pool"):
-            kv_pool, slots = state.result()
+            arrays = state.result()
         with phases.time("wait for the compiler"):
             programs = build.result()
     for name, seconds in programs.seconds.items():
         phases.record(name, seconds)
-    return JaxExecutor(programs, params, kv_pool, slots)
+    return JaxExecutor(StepDevice(programs, params, arrays.kv_pool, arrays.slots))
 
 
 def build_executor(settings: EngineSettings, params: Params, *, depth: int = 2) -> JaxExecutor:
     """Compiles every program and allocates the pool, without an engine."""
     with ProgramBuild(program_spec(settings)) as build:
         programs = build.result()
-    return JaxExecutor(programs, params, *_allocate(settings), depth=depth)
+    arrays = allocate(settings)
+    return JaxExecutor(StepDevice(programs, params, arrays.kv_pool, arrays.slots), depth=depth)
 
 
 def program_spec(settings: EngineSettings) -> ProgramSpec:
@@ -176,35 +175,22 @@ def program_spec(settings: EngineSettings) -> ProgramSpec:
         attention=settings.attention,
         max_model_len=settings.scheduler.max_model_len,
         params=settings.abstract_params(),
+        arrays=abstract_arrays(settings),
+        device=settings.device,
+        sharding=settings.sharding,
     )
 
 
 def _memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 0) -> MemoryPlan:
-    config, scheduler = settings.model_config, settings.scheduler
-    pool = jax.ShapeDtypeStruct(
-        kv_pool_shape(config, scheduler.num_pages, scheduler.page_size), settings.dtype
-    )
+    arrays = abstract_arrays(settings)
     return MemoryPlan(
-        weights_bytes=tree_bytes(settings.abstract_params()),
-        kv_pool_bytes=tree_bytes(pool),
-        slots_bytes=tree_bytes(slot_state_shapes(scheduler.max_num_seqs, config.vocab_size)),
+        weights_bytes=bytes_per_device(settings.abstract_params()),
+        kv_pool_bytes=bytes_per_device(arrays.kv_pool),
+        slots_bytes=bytes_per_device(arrays.slots),
         temp_bytes=temp_bytes,
         available_bytes=free_bytes,
-        num_pages=scheduler.num_pages,
+        num_pages=settings.scheduler.num_pages,
     )
-
-
-def _allocate(settings: EngineSettings) -> tuple[jax.Array, SlotState]:
-    """The KV pool and the slots, zeroed."""
-    config, scheduler = settings.model_config, settings.scheduler
-    with jax.default_device(settings.device):
-        kv_pool = jnp.zeros(
-            kv_pool_shape(config, scheduler.num_pages, scheduler.page_size),
-            storage_dtype(settings.dtype),
-        )
-        slots = empty_slots(scheduler.max_num_seqs, config.vocab_size)
-    jax.block_until_ready((kv_pool, slots))
-    return kv_pool, slots
 
 
 def _run_first_steps(settings: EngineSettings, executor: JaxExecutor) -> None:

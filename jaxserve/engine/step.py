@@ -9,7 +9,7 @@ structure of every argument are the same for every plan of a bucket.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,9 +22,12 @@ from jaxserve.engine.sampler import SampleOutput, sample
 from jaxserve.engine.slots import SlotState
 from jaxserve.engine.step_inputs import TAKE_FROM_SLOT, StepLayout
 from models.config import ModelConfig
+from models.decoder import Attend
 from models.ops.attention.kv_pool import write_rows
 from models.ops.attention.registry import AttentionImplementation
 from models.ops.attention.window import layer_window
+from models.ops.attention.work import AttentionWork
+from models.ops.tensor_shard import TensorShard
 from models.registry import get_family
 
 Params = Any
@@ -36,13 +39,19 @@ StepFunction = Callable[
 
 
 def make_step(
-    config: ModelConfig, layout: StepLayout, attention: AttentionImplementation
+    config: ModelConfig,
+    layout: StepLayout,
+    attention: AttentionImplementation,
+    shard: TensorShard | None = None,
 ) -> StepFunction:
     """Builds the step of one bucket.
 
     Its arguments: params; kv_pool `[L, P + 1, page_size, 2, K, D]`; slots;
     inputs int32 `[layout.size]`. Its last result is int32
     `[N, 3 + 2 * num_top]`, see `unpack_outputs`.
+
+    With `shard`, it computes one device's part inside `shard_map`: config, params and pool are
+    that part's, slots, inputs and outputs are the same on each.
     """
     family = get_family(config.family)
 
@@ -51,42 +60,74 @@ def make_step(
     ) -> tuple[jax.Array, SlotState, jax.Array]:
         parts = layout.unpack(inputs)
         work = layout.attention_work(parts)
-        live_slots = jnp.minimum(work.row_slots, layout.num_slots - 1)
-        from_slot = parts["tokens"] == TAKE_FROM_SLOT
-        tokens = jnp.where(from_slot, slots.last_token[live_slots], parts["tokens"])
-
-        def attend(
-            q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, layer_index: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            pool = write_rows(pool, k, v, layer_index, work)
-            out = attention.call(
-                q,
-                pool,
-                layer_index,
-                work,
-                tiling=layout.tiling,
-                sliding_window=layer_window(config, layer_index),
-            )
-            return out, pool
-
-        x = family.embed(params, config, tokens)
-        x, kv_pool = family.run_layers(params, config, x, work.row_positions, kv_pool, attend)
-        rows = parts["sample_rows"]
-        targets = parts["sample_targets"]
-        logits = family.logits(params, config, x[rows])
-        # The drawn token stands one position after the row that predicts it.
-        output = sample(logits, slots, live_slots[rows], work.row_positions[rows] + 1, targets)
-        # NaN or infinity: there is no next token, and the request ends as an error.
-        is_sound = jnp.isfinite(logits.max(-1)) & jnp.isfinite(logits.min(-1))
-        token_ids = jnp.where(is_sound, output.token_ids, NO_TOKEN)
-        output = dataclasses.replace(output, token_ids=token_ids)
-        slots = _record(slots, output.token_ids, live_slots[rows], targets)
-        return kv_pool, slots, _pack_outputs(output)
+        x = family.embed(params, config, input_tokens(layout, parts, slots), shard)
+        attend = paged_attend(config, layout, attention, work)
+        x, kv_pool = family.run_layers(
+            params, config, x, work.row_positions, kv_pool, attend, shard=shard
+        )
+        slots, outputs = sample_step(config, layout, params, x, parts, slots, shard)
+        return kv_pool, slots, outputs
 
     return step
 
 
-def _record(
+def input_tokens(layout: StepLayout, parts: Mapping[str, jax.Array], slots: SlotState) -> jax.Array:
+    """The token of each row, int32 `[T]`."""
+    from_slot = parts["tokens"] == TAKE_FROM_SLOT
+    live_slots = jnp.minimum(parts["row_slots"], layout.num_slots - 1)
+    return jnp.where(from_slot, slots.last_token[live_slots], parts["tokens"])
+
+
+def paged_attend(
+    config: ModelConfig,
+    layout: StepLayout,
+    attention: AttentionImplementation,
+    work: AttentionWork,
+    first_layer: int | jax.Array = 0,
+) -> Attend[jax.Array]:
+    """Attention over the pages of a KV pool whose first layer is the model's `first_layer`."""
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, layer_index: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        pool_layer = layer_index - first_layer
+        pool = write_rows(pool, k, v, pool_layer, work)
+        out = attention.call(
+            q,
+            pool,
+            pool_layer,
+            work,
+            tiling=layout.tiling,
+            sliding_window=layer_window(config, layer_index),
+        )
+        return out, pool
+
+    return attend
+
+
+def sample_step(
+    config: ModelConfig,
+    layout: StepLayout,
+    params: Params,
+    x: jax.Array,
+    parts: Mapping[str, jax.Array],
+    slots: SlotState,
+    shard: TensorShard | None,
+) -> tuple[SlotState, jax.Array]:
+    """The last layer's rows `x [T, E]` to the step's outputs, recorded in the slots."""
+    rows, targets = parts["sample_rows"], parts["sample_targets"]
+    row_slots = jnp.minimum(parts["row_slots"], layout.num_slots - 1)[rows]
+    logits = get_family(config.family).logits(params, config, x[rows], shard)
+    # The drawn token stands one position after the row that predicts it.
+    output = sample(logits, slots, row_slots, parts["row_positions"][rows] + 1, targets)
+    # NaN or infinity: there is no next token, and the request ends as an error.
+    is_sound = jnp.isfinite(logits.max(-1)) & jnp.isfinite(logits.min(-1))
+    token_ids = jnp.where(is_sound, output.token_ids, NO_TOKEN)
+    output = dataclasses.replace(output, token_ids=token_ids)
+    return record(slots, token_ids, row_slots, targets), _pack_outputs(output)
+
+
+def record(
     slots: SlotState, token_ids: jax.Array, row_slots: jax.Array, targets: jax.Array
 ) -> SlotState:
     """Stores the drawn tokens as last tokens and counts them."""

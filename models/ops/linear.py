@@ -13,6 +13,11 @@ from jax.typing import DTypeLike
 
 from models.ops.precision import matmul_precision
 from models.ops.quantized import quantized_matmul
+from models.ops.tensor_shard import TensorShard
+
+SPLIT_BY_INPUT = ("o_proj", "down_proj")
+"""Projections of which devices that share a layer hold some rows each, where the others are held
+by columns: their products are partial sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Linear(nnx.Module):
         self.use_bias = use_bias
         self.adapter: Adapter | None = None
         self.scale: KernelScale | None = None
+        self.shard: TensorShard | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...]
@@ -77,6 +83,8 @@ class Linear(nnx.Module):
             out = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
         else:
             out = quantized_matmul(x, kernel, self.scale.values)
+        if self.shard is not None:
+            out = self.shard.sum(out)
         if self.use_bias:
             out = out + self.bias[...]
         return out if self.adapter is None else out + self.adapter(x).astype(out.dtype)
@@ -113,3 +121,21 @@ def attach_scales(module: nnx.Module, scales: Mapping[str, Any]) -> None:
             child.scale = KernelScale(part["scale"])
         else:
             attach_scales(child, part)
+
+
+def attach_shard(module: nnx.Module, shard: TensorShard) -> None:
+    """Tell `module`'s parts whose results are partial sums to add them up.
+
+    Args:
+        module: as for `attach_adapters`, with this device's part of the weights.
+        shard: this device's place.
+    """
+    for name, child in vars(module).items():
+        if isinstance(child, Linear):
+            if name in SPLIT_BY_INPUT:
+                child.shard = shard
+        elif isinstance(child, nnx.Module):
+            if hasattr(child, "shard"):
+                child.shard = shard
+            else:
+                attach_shard(child, shard)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from checkpoint.errors import FormatError
-from checkpoint.param_loading import flatten, unflatten
+from checkpoint.param_loading import flatten, put_on_device, unflatten
 from models.config import ModelConfig
 from models.ops.attention.dense import dense_attend
 from models.ops.quantized import (
@@ -77,7 +77,7 @@ def test_logits_are_those_of_the_weights_that_the_codes_stand_for(weight_format:
     family = get_family("llama")
     params = family.init_params(CONFIG, jax.random.key(0), jnp.float32)
     host = jax.tree.map(np.asarray, params)
-    quantized = quantize_params(host, weight_format, jax.device_put)
+    quantized = quantize_params(host, weight_format, put_on_device)
     shapes = quantized_shapes(family.abstract_params(CONFIG, jnp.float32), weight_format)
     assert jax.tree.structure(shapes) == jax.tree.structure(quantized)
     for path, leaf in flatten(shapes).items():

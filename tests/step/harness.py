@@ -187,7 +187,7 @@ class Driver:
             size = self.scheduler.config.num_pages + 1
             padded = np.full(size, page_ids[0], np.int32)
             padded[: len(page_ids)] = page_ids
-            self.executor.kv_pool = _poison(self.executor.kv_pool, padded)
+            self.executor.device.kv_pool = _poison(self.executor.device.kv_pool, padded)
 
 
 def run_alone(settings: EngineSettings, request: Request, **kwargs: object) -> Stream:

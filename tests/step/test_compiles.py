@@ -109,7 +109,7 @@ def test_a_wrong_shape_raises_and_does_not_compile(counter):
     step = executor.programs.steps[8]
     wrong = np.zeros(executor.programs.layouts[4].size, np.int32)
     with pytest.raises(TypeError):
-        step(executor.params, executor.kv_pool, executor.slots, wrong)
+        step(executor.device.params, executor.device.kv_pool, executor.device.slots, wrong)
     too_many = Chunk("r", 0, 0, 9, tuple(range(9)), True, new_pages=(0, 1, 2))
     with pytest.raises(ValueError, match="does not fit its bucket"):
         executor.submit(StepPlan(0, 8, (), (too_many,)))

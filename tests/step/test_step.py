@@ -200,23 +200,23 @@ def test_kv_pool_stays_where_it_is():
     driver = Driver(tiny_settings(), poison=False)
     driver.add(make_request("r", prompt_of(20), GREEDY))
     driver.turn()
-    driver.executor.kv_pool.block_until_ready()
-    address = driver.executor.kv_pool.unsafe_buffer_pointer()
+    driver.executor.device.kv_pool.block_until_ready()
+    address = driver.executor.device.kv_pool.unsafe_buffer_pointer()
     driver.run()
-    driver.executor.kv_pool.block_until_ready()
-    assert driver.executor.kv_pool.unsafe_buffer_pointer() == address
+    driver.executor.device.kv_pool.block_until_ready()
+    assert driver.executor.device.kv_pool.unsafe_buffer_pointer() == address
 
 
 def test_logits_that_are_not_finite_end_the_request_as_an_error():
     driver = Driver(tiny_settings(), poison=False)
-    sound = driver.executor.params
+    sound = driver.executor.device.params
     driver.add(make_request("r", prompt_of(9), GREEDY))
     driver.turn()
     try:
-        driver.executor.params = jax.tree.map(lambda leaf: leaf * jnp.nan, sound)
+        driver.executor.device.params = jax.tree.map(lambda leaf: leaf * jnp.nan, sound)
         stream = driver.run()["r"]
     finally:
-        driver.executor.params = sound
+        driver.executor.device.params = sound
     assert stream.finish_reason is FinishReason.ERROR
     assert len(stream.token_ids) < 12
     assert min(stream.token_ids, default=0) >= 0

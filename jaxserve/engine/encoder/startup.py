@@ -19,7 +19,7 @@ from jaxserve.engine.encoder.executor import EncoderBuild, EncoderExecutor
 from jaxserve.engine.encoder.plan import EncodePlan, EncodeText
 from jaxserve.engine.encoder.scheduler import EncoderScheduler
 from jaxserve.engine.encoder.settings import EncoderSettings, resolve_encoder_settings
-from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, tree_bytes
+from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_device
 from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import resolve
@@ -138,7 +138,7 @@ def _load_and_compile(
 def _memory_plan(settings: EncoderSettings, free_bytes: int, *, temp_bytes: int = 0) -> MemoryPlan:
     params = bert.abstract_params(settings.model_config, settings.dtype)
     return MemoryPlan(
-        weights_bytes=tree_bytes(params),
+        weights_bytes=bytes_per_device(params),
         kv_pool_bytes=0,
         slots_bytes=0,
         temp_bytes=temp_bytes * settings.max_in_flight,

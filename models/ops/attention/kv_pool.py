@@ -18,6 +18,9 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.ops.attention.work import AttentionWork
 
+KV_POOL_AXES = ("layers", "pages", None, None, "kv_heads", None)
+"""Logical axes, see `models.sharding`."""
+
 
 def kv_pool_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
     return (

@@ -1,0 +1,68 @@
+"""The arrays that steps keep on the device, before there are any and when there are.
+
+Warm-up and serving compile and allocate from these alone, so that shapes and shardings agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.engine.settings import EngineSettings
+from jaxserve.engine.slots import SlotState, slot_state_shapes
+from models.ops.attention.kv_pool import KV_POOL_AXES, kv_pool_shape, storage_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """What a `StepDevice` owns beside the weights, as `jax.ShapeDtypeStruct` or as arrays."""
+
+    kv_pool: Any
+    slots: SlotState
+
+
+def abstract_arrays(settings: EngineSettings) -> StepArrays:
+    """Shapes, dtypes and, on a mesh, shardings."""
+    scheduler, sharding = settings.scheduler, settings.sharding
+    dtype = storage_dtype(settings.dtype)
+    if sharding is None:
+        config = settings.model_config
+        pool = kv_pool_shape(config, scheduler.num_pages, scheduler.page_size)
+        return StepArrays(
+            jax.ShapeDtypeStruct(pool, dtype),
+            slot_state_shapes(scheduler.max_num_seqs, config.vocab_size),
+        )
+    config, num_replicas = sharding.served_config, sharding.shape.data
+    num_layers, num_pages, *rest = kv_pool_shape(config, scheduler.num_pages, scheduler.page_size)
+    slots = slot_state_shapes(num_replicas * scheduler.max_num_seqs, config.vocab_size)
+    return StepArrays(
+        jax.ShapeDtypeStruct(
+            (num_layers, num_replicas * num_pages, *rest),
+            dtype,
+            sharding=sharding.named(*KV_POOL_AXES),
+        ),
+        jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding.named("slots")
+            ),
+            slots,
+        ),
+    )
+
+
+def allocate(settings: EngineSettings) -> StepArrays:
+    """The KV pool and the slots, zeroed."""
+    abstract = abstract_arrays(settings)
+
+    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        array: jax.Array = jnp.zeros(
+            leaf.shape, leaf.dtype, device=leaf.sharding or settings.device
+        )
+        return array
+
+    arrays = StepArrays(zeros(abstract.kv_pool), jax.tree.map(zeros, abstract.slots))
+    jax.block_until_ready((arrays.kv_pool, arrays.slots))
+    return arrays

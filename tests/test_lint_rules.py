@@ -43,8 +43,8 @@ UNSAFE_CALLS = (
 UNPICKLING_ATTRIBUTES = ("serialize_executable", "deserialize_and_load")
 READABLE_VARIABLES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")
 """Places of the user's own. Behaviour is set by options, never by variables."""
-LAUNCHER = "jaxserve/trainer/launch.py"
-"""Sets the environment of the trainers that it starts, which JAX reads at its import."""
+LAUNCHERS = ("jaxserve/trainer/launch.py", "jaxserve/engine/launch.py")
+"""Set variables that XLA reads when it starts, of their own process or of those they start."""
 
 
 def offences(source: str, path: str) -> list[str]:
@@ -57,7 +57,7 @@ def offences(source: str, path: str) -> list[str]:
         for rule in (_layer_rule, _pickle_rule, _call_rule, _global_rule)
         for text in rule(node, path, names)
     ]
-    if path != LAUNCHER:
+    if path not in LAUNCHERS:
         found += list(_environment_rule(tree, names))
     return [f"{path}:{line}: {text}" for line, text in sorted(found)]
 

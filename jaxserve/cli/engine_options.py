@@ -50,8 +50,10 @@ def parse_buckets(text: str) -> str | tuple[int, ...]:
         ) from None
 
 
-def parse_mesh_option(text: str) -> MeshShape:
-    """A mesh of "data=2,tensor=4"."""
+def parse_mesh_option(text: str | MeshShape) -> MeshShape:
+    """A mesh of "data=2,tensor=4"; the default is one already."""
+    if isinstance(text, MeshShape):
+        return text
     try:
         return parse_mesh(text)
     except MeshError as error:

@@ -6,10 +6,12 @@ Only before the first device is asked for can this be chosen.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 
 import jax
 
+from jaxserve.distributed import with_collective_limits
 from jaxserve.errors import ConfigError
 
 
@@ -28,6 +30,8 @@ def start_devices(num_virtual: int | None = None) -> Sequence[jax.Device]:
 
 
 def _divide_cpu(num_devices: int) -> None:
+    # XLA reads them when it starts. Devices that share few cores wait long for each other.
+    os.environ["XLA_FLAGS"] = with_collective_limits(os.environ.get("XLA_FLAGS", ""))
     with contextlib.suppress(RuntimeError):  # It has started; perhaps as it should be.
         jax.config.update("jax_num_cpu_devices", num_devices)
     platform = jax.default_backend()

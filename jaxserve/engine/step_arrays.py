@@ -58,9 +58,8 @@ def allocate(settings: EngineSettings) -> StepArrays:
     abstract = abstract_arrays(settings)
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array: jax.Array = jnp.zeros(
-            leaf.shape, leaf.dtype, device=leaf.sharding or settings.device
-        )
+        with jax.default_device(settings.device):
+            array: jax.Array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
         return array
 
     arrays = StepArrays(zeros(abstract.kv_pool), jax.tree.map(zeros, abstract.slots))

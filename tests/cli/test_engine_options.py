@@ -18,6 +18,7 @@ from jaxserve.cli.engine_options import (
 )
 from jaxserve.engine.config import EngineConfig
 from jaxserve.errors import ConfigError
+from models.mesh_shape import MeshShape
 
 
 def parse(*args: str) -> tuple[EngineConfig, int]:
@@ -53,6 +54,7 @@ def test_every_option_reaches_its_field() -> None:
         "--token-budget 64 --buckets 8,64 --step-budget slack --slo-tbt-ms 50 --slo-ttft-ms 900.5 "
         "--max-num-seqs 8 --max-model-len 512 --kv-cache-bytes 1.5MiB --page-size 32 "
         "--watermark 0.1 --max-queued-requests 5 --max-queued-tokens 99 --no-prefix-caching "
+        "--mesh tensor=2,data=2 --virtual-devices 4 "
         "--attention reference --compilation-cache-dir cache --port 7"
     )
     expected = EngineConfig(
@@ -74,6 +76,8 @@ def test_every_option_reaches_its_field() -> None:
         max_queued_tokens=99,
         prefix_caching=False,
         attention="reference",
+        mesh=MeshShape(data=2, tensor=2),
+        virtual_devices=4,
         compilation_cache_dir=Path("cache"),
     )
     config, port = parse(*arguments.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 COLLECTIVE_WARN_S = 30
@@ -30,6 +31,16 @@ def with_collective_limits(xla_flags: str) -> str:
     return " ".join([*given, *own])
 
 
+def limit_collectives() -> None:
+    """Sets `with_collective_limits` for this process, which has not started JAX yet."""
+    os.environ.update(limited_environment())
+
+
+def limited_environment() -> dict[str, str]:
+    """This process's environment with `with_collective_limits`, to start another with."""
+    return {**os.environ, "XLA_FLAGS": with_collective_limits(os.environ.get("XLA_FLAGS", ""))}
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A port of this interface that nobody uses at this moment."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -38,19 +49,31 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def join(coordinator: str, process_id: int, num_processes: int) -> None:
+def join(
+    coordinator: str,
+    process_id: int,
+    num_processes: int,
+    *,
+    num_cpu_devices: int | None = None,
+    heartbeat_timeout_s: int = HEARTBEAT_TIMEOUT_S,
+) -> None:
     """Joins the others, before any device is touched; returns when all are connected.
 
     Args:
         coordinator: HOST:PORT of process 0's coordination service.
         process_id: which of how many processes this one is.
         num_processes: at least 2.
+        num_cpu_devices: devices that a CPU is divided into; None leaves that to JAX's config.
+        heartbeat_timeout_s: silence after which JAX ends all processes, a pause of the whole
+            machine included.
 
     Raises:
         RuntimeError: the others did not come.
     """
     import jax
 
+    if num_cpu_devices is not None:
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     # Its handler of SIGTERM would replace ours, and stops processes only between steps.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -59,17 +82,10 @@ def join(coordinator: str, process_id: int, num_processes: int) -> None:
         coordinator_bind_address=coordinator,
         num_processes=num_processes,
         process_id=process_id,
-        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        heartbeat_timeout_seconds=heartbeat_timeout_s,
     )
     _have_all_keep_programs()
     _connect_all()
-
-
-def leave() -> None:
-    """Leaves the others, who leave at the same time; does nothing if none were joined."""
-    import jax
-
-    jax.distributed.shutdown()
 
 
 def _have_all_keep_programs() -> None:

@@ -36,6 +36,11 @@ class NotAccepting(JaxserveError):
     """The engine drains or has stopped and takes no new requests."""
 
 
+class EngineLost(NotAccepting):
+    """What a running request needed is gone, such as a process that holds a part of the model.
+    Another server may take it."""
+
+
 class NotSupported(JaxserveError):
     """The model that runs cannot do what was asked; another kind of model can."""
 

@@ -43,7 +43,7 @@ UNSAFE_CALLS = (
 UNPICKLING_ATTRIBUTES = ("serialize_executable", "deserialize_and_load")
 READABLE_VARIABLES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR")
 """Places of the user's own. Behaviour is set by options, never by variables."""
-LAUNCHERS = ("jaxserve/trainer/launch.py", "jaxserve/engine/launch.py")
+LAUNCHERS = ("jaxserve/trainer/launch.py", "jaxserve/engine/launch.py", "jaxserve/distributed.py")
 """Set variables that XLA reads when it starts, of their own process or of those they start."""
 
 

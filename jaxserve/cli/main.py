@@ -118,7 +118,8 @@ def _comes_from_model_files(error: OSError) -> bool:
     )
 
 
-def _message(error: Exception) -> str:
+def user_message(error: Exception) -> str:
+    """What to print of an error for which `is_user_error` holds."""
     if isinstance(error, OSError) and error.strerror:
         where = error.filename or "a file of the model"
         return f"{where} cannot be read: {error.strerror} (--model)"
@@ -133,7 +134,7 @@ def main() -> None:
     except Exception as error:
         if not is_user_error(error):
             raise
-        typer.secho(f"error: {_message(error)}", fg=typer.colors.RED, err=True)
+        typer.secho(f"error: {user_message(error)}", fg=typer.colors.RED, err=True)
         sys.exit(2)
 
 

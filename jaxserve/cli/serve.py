@@ -12,19 +12,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jaxserve.cli.engine_options import with_engine_options
+from jaxserve.cli.group_options import GroupOptions
+from jaxserve.cli.serve_group import LeaderSeat, run_follower, run_leader
 from jaxserve.engine.config import EngineConfig
+from jaxserve.engine.group.config import DEFAULT_FOLLOWER_TIMEOUT_S, LEADER_ID
 from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxserve.engine.encoder.startup import RunningEncoder
+    from jaxserve.engine.group.leader import Leader
+    from jaxserve.engine.group.liveness import Loss
     from jaxserve.engine.startup import RunningEngine
     from jaxserve.server.config import ServerConfig
 
 app = typer.Typer(add_completion=False)
 
 _SERVER = "Server"
+_GROUP = "Several processes"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -72,6 +78,48 @@ def serve(
             min=0.1, help="How often --watch looks for a newer one.", rich_help_panel=_SERVER
         ),
     ] = 5.0,
+    processes: Annotated[
+        int,
+        typer.Option(
+            help="Processes on this host that serve the model together, each with its part of the "
+            "--mesh; they end with this one (docs/meshes.md).",
+            rich_help_panel=_GROUP,
+        ),
+    ] = 1,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="For several hosts: where process 0 listens for the others.",
+            metavar="HOST:PORT",
+            rich_help_panel=_GROUP,
+        ),
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(
+            help="For several hosts: which process this one is; 0 has the clients.",
+            rich_help_panel=_GROUP,
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(help="For several hosts: how many there are.", rich_help_panel=_GROUP),
+    ] = None,
+    group_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="For several hosts: a file with the secret that they share, mode 0600.",
+            rich_help_panel=_GROUP,
+        ),
+    ] = None,
+    follower_timeout_s: Annotated[
+        float,
+        typer.Option(
+            help="A process that gives no sign of life for so long is lost: the server tells "
+            "which one, ends its streams as UNAVAILABLE and exits.",
+            rich_help_panel=_GROUP,
+        ),
+    ] = DEFAULT_FOLLOWER_TIMEOUT_S,
     reflection: Annotated[
         bool,
         typer.Option(
@@ -92,6 +140,7 @@ def serve(
         jaxserve serve --model ./model.gguf --grpc-port 0 --http-port 0
         jaxserve serve --watch runs/tiny
         jaxserve serve --model all-minilm-l6-v2
+        jaxserve serve --processes 2 --mesh tensor=2
     """
     # Imported late: `--help` must not wait for jax.
     from rich.console import Console
@@ -109,12 +158,30 @@ def serve(
     if watch is not None:
         engine_config = _model_of_run(engine_config, watch)
     console = Console(stderr=True, highlight=False)
+    options = GroupOptions(
+        processes, coordinator, process_id, num_processes, group_token_file, follower_timeout_s
+    )
+    group = options.config()
+    if group is not None and watch is not None:
+        raise ConfigError("--watch does not work with several processes yet: leave one out")
+    if group is not None and group.process_id != LEADER_ID:
+        run_follower(group, engine_config, console)
     if host not in _LOOPBACK:
         console.print(f"warning: {host} may be reached by others; requests are not authenticated")
-    drained = asyncio.run(_serve(engine_config, server_config, console, watch, watch_interval_s))
-    if not drained:
-        console.print(f"some requests were cut short after {drain_timeout_s:g} s")
-        raise typer.Exit(1)
+
+    def run(seat: LeaderSeat | None) -> int:
+        drained = asyncio.run(
+            _serve(engine_config, server_config, console, watch, watch_interval_s, seat)
+        )
+        if not drained:
+            console.print(f"some requests were cut short after {drain_timeout_s:g} s")
+        return 0 if drained else 1
+
+    if group is not None:
+        seat = LeaderSeat.take(group, engine_config)
+        run_leader(lambda: run(seat))
+    if (code := run(None)) != 0:
+        raise typer.Exit(code)
 
 
 def _model_of_run(engine_config: EngineConfig, run: Path) -> EngineConfig:
@@ -131,12 +198,19 @@ async def _serve(
     console: Console,
     watch: Path | None,
     watch_interval_s: float,
+    seat: LeaderSeat | None,
 ) -> bool:
     from jaxserve.cli.pull import pull_with_progress
     from jaxserve.model_catalog import CATALOG
     from jaxserve.server.lifecycle import Server, run_until_signal
 
     server = Server(server_config)
+    leader: Leader | None = None
+    loop = asyncio.get_running_loop()
+    lost: asyncio.Future[str] = loop.create_future()
+
+    def on_loss(loss: Loss) -> None:
+        loop.call_soon_threadsafe(lost.set_result, loss.message)
 
     def start() -> RunningEngine | RunningEncoder:
         # Imports jax, which takes a second: the ports are taken before.
@@ -149,9 +223,11 @@ async def _serve(
         if engine_config.model.lower() in CATALOG:
             pull_with_progress(engine_config.model)
         console.print(f"starting {engine_config.model}")
-        if watch is None and is_encoder(resolve(engine_config.model)):
+        if watch is None and seat is None and is_encoder(resolve(engine_config.model)):
             return start_encoder(engine_config, PhasePrinter(console))
-        return start_engine(engine_config, PhasePrinter(console))
+        nonlocal leader
+        leader = None if seat is None else seat.leader(on_loss)
+        return start_engine(engine_config, PhasePrinter(console), leader=leader)
 
     def announce(running: RunningEngine | RunningEncoder) -> None:
         from jaxserve.cli.startup_view import print_report
@@ -172,4 +248,10 @@ async def _serve(
     def announce_drain() -> None:
         console.print("draining: running requests finish, new ones are refused")
 
-    return await run_until_signal(server, start, on_ready=announce, on_drain=announce_drain)
+    try:
+        return await run_until_signal(
+            server, start, on_ready=announce, on_drain=announce_drain, lost=lost
+        )
+    finally:
+        if leader is not None:
+            leader.end()

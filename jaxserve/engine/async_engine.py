@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.request import GenerationRequest, Request, RequestOutput
-from jaxserve.errors import InvalidRequest, StreamTooSlow
+from jaxserve.errors import EngineLost, InvalidRequest, StreamTooSlow
 
 DEFAULT_MAX_BACKLOG_TOKENS = 4096
 
@@ -23,6 +23,7 @@ class _Stream:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     num_tokens: int = 0
     too_slow: bool = False
+    lost: EngineLost | None = None
 
     def put(self, output: RequestOutput) -> None:
         self.outputs.append(output)
@@ -31,6 +32,8 @@ class _Stream:
 
     async def get(self) -> RequestOutput:
         while not self.outputs:
+            if self.lost is not None:
+                raise self.lost
             self.arrived.clear()
             await self.arrived.wait()
         output = self.outputs.popleft()
@@ -57,6 +60,7 @@ class AsyncEngine:
         self.engine = engine
         self._sink = _LoopSink(self, loop)
         self._max_backlog_tokens = max_backlog_tokens
+        self._is_lost = False
         self._streams: dict[str, _Stream] = {}
         """A stream stays until its last output is in, even if nobody reads it:
         else a new request of that id would get the old one's outputs."""
@@ -71,7 +75,8 @@ class AsyncEngine:
 
         The request starts with the first `anext`, which raises InvalidRequest,
         QueueFull or NotAccepting. Closing the iterator early aborts the
-        request. Raises StreamTooSlow when the caller reads too slowly.
+        request. Raises StreamTooSlow when the caller reads too slowly, and
+        EngineLost after `lose`.
         """
         stream = self._open(request)
         finished = False
@@ -118,8 +123,19 @@ class AsyncEngine:
         self._streams[request.request_id] = stream
         return stream
 
+    def lose(self, why: str) -> None:
+        """Ends all streams with EngineLost, after what has come in for them. Called on the event
+        loop, when nothing can be expected from the engine's thread any more."""
+        self._is_lost = True
+        for stream in self._streams.values():
+            stream.lost = EngineLost(why)
+            stream.arrived.set()
+        self._streams.clear()
+
     def dispatch(self, outputs: Sequence[RequestOutput]) -> None:
         """One step's outputs. Called on the event loop."""
+        if self._is_lost:
+            return
         for output in outputs:
             stream = self._streams[output.request_id]
             if output.finish_reason is not None:

@@ -161,6 +161,14 @@ class EngineCore(ABC):
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def fail(self, why: str) -> None:
+        """No step will come to its end any more: takes no more requests, whose senders are told
+        `why`. May be called from any thread; requests that run are left alone, since their
+        thread may wait for the device for ever.
+        """
+        self._failed = True
+        self._inbox.refuse(why)
+
     def snapshot(self) -> EngineSnapshot:
         """May be called from any thread; the figures may be a step apart."""
         num_queued, num_queued_tokens = self._inbox.num_queued
@@ -190,7 +198,7 @@ class EngineCore(ABC):
             self._loop.end_all(FinishReason.CANCELLED)
             self._loop.finish_in_flight()
         except Exception as error:
-            self._failed = True
             log_failure(logger, "the engine failed and takes no more requests", error)
-            self._inbox.refuse("the engine has failed: restart it; the log says why")
+            if not self._failed:
+                self.fail("the engine has failed: restart it; the log says why")
             self._loop.fail_all()

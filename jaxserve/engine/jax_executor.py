@@ -10,7 +10,6 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
 from jaxserve.engine.plan import StepPlan, StepResults
 from jaxserve.engine.plan_packer import PlanPacker
@@ -66,7 +65,7 @@ class JaxExecutor:
         if not self._in_flight:
             raise LookupError("no plan is in flight")
         plan, outputs = self._in_flight[0]
-        host = np.asarray(outputs)
+        host = self.device.fetch(outputs)
         self._in_flight.popleft()
         rows = host.reshape(host.shape[-2:])
         return plan, unpack_outputs(plan.step_id, rows, plan.num_sample_rows)

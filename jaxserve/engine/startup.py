@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import jax
+
 from jaxserve.engine.compilation import (
     CompileCounter,
     ProgramBuild,
@@ -22,6 +24,9 @@ from jaxserve.engine.compilation import (
 )
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.group.leader import Leader
+from jaxserve.engine.group.leader_device import LeaderDevice
+from jaxserve.engine.group.shared_settings import fingerprint, shared_settings
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.launch import start_devices
 from jaxserve.engine.live_weights import LiveWeights
@@ -79,8 +84,15 @@ class RunningEngine:
             self.compiles.close()
 
 
-def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> RunningEngine:
+def start_engine(
+    config: EngineConfig, on_phase: OnPhase | None = None, *, leader: Leader | None = None
+) -> RunningEngine:
     """Starts an engine and returns it READY.
+
+    Args:
+        config: of this process, which decides for all.
+        on_phase: is told of every phase.
+        leader: of the processes that serve the model together; None if this is the only one.
 
     Raises ConfigError (or another JaxserveError, or the loaders' ValueError)
     whose message holds the fix.
@@ -88,21 +100,32 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     start = perf_counter()
     phases = Phases(on_phase)
     with phases.time("find model"):
-        source = _open(config.model)
+        source = open_generator(config.model)
+    if leader is not None:
+        with phases.time("wait for processes"):
+            leader.gather(config)
     with phases.time("start device"):
-        device = start_devices(config.virtual_devices)[0]
+        start_devices(config.virtual_devices if leader is None else None)
+        device = jax.local_devices()[0]
     settings = resolve_settings(config, source.config, device)
+    if leader is not None:
+        leader.configure(shared_settings(config, settings))
     use_compilation_cache(settings.cache_dir)
-    free_bytes = available_bytes(device, config.mesh.num_devices)
-    _memory_plan(settings, free_bytes).check()
+    free_bytes = available_bytes(device, jax.local_device_count())
+    memory_plan(settings, free_bytes).check()
     with phases.time("load tokenizer"):
         tokenizer = source.load_tokenizer()
     with ExitStack() as on_failure:
         counter = CompileCounter()
         on_failure.callback(counter.close)
-        executor = _load_and_compile(source, settings, phases)
-        memory = _memory_plan(settings, free_bytes, temp_bytes=executor.programs.temp_bytes)
+        step_device = load_and_compile(source, settings, phases)
+        memory = memory_plan(settings, free_bytes, temp_bytes=step_device.programs.temp_bytes)
         memory.check()
+        if leader is not None:
+            with phases.time("wait for followers"):
+                leader.wait_until_ready(fingerprint(settings))
+            step_device = LeaderDevice(leader, step_device)
+        executor = JaxExecutor(step_device)
         with phases.time("first steps"):
             _run_first_steps(settings, executor)
         with phases.time("measure steps"):
@@ -114,7 +137,9 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
         executor,
         tokenizer,
         settings.model_config,
-        count_compiles=lambda: counter.count - num_compiles,
+        count_compiles=lambda: (
+            counter.count - num_compiles + (0 if leader is None else leader.num_compiles)
+        ),
     )
     engine.start()
     report = StartupReport(
@@ -130,7 +155,8 @@ def start_engine(config: EngineConfig, on_phase: OnPhase | None = None) -> Runni
     return RunningEngine(engine, tokenizer, source, report, counter, weights)
 
 
-def _open(model: str) -> ModelSource:
+def open_generator(model: str) -> ModelSource:
+    """Raises ConfigError for an encoder, and what `resolve` and `open_model` do."""
     path = resolve(model)
     if is_encoder(path):
         raise ConfigError(
@@ -141,7 +167,7 @@ def _open(model: str) -> ModelSource:
     return open_model(path)
 
 
-def _load_and_compile(source: ModelSource, settings: EngineSettings, phases: Phases) -> JaxExecutor:
+def load_and_compile(source: ModelSource, settings: EngineSettings, phases: Phases) -> StepDevice:
     """Weights, pool and programs, side by side."""
     with (
         ProgramBuild(program_spec(settings)) as build,
@@ -156,7 +182,7 @@ def _load_and_compile(source: ModelSource, settings: EngineSettings, phases: Pha
             programs = build.result()
     for name, seconds in programs.seconds.items():
         phases.record(name, seconds)
-    return JaxExecutor(StepDevice(programs, params, arrays.kv_pool, arrays.slots))
+    return StepDevice(programs, params, arrays.kv_pool, arrays.slots)
 
 
 def build_executor(settings: EngineSettings, params: Params, *, depth: int = 2) -> JaxExecutor:
@@ -181,7 +207,8 @@ def program_spec(settings: EngineSettings) -> ProgramSpec:
     )
 
 
-def _memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 0) -> MemoryPlan:
+def memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 0) -> MemoryPlan:
+    """What each device holds, against what it has."""
     arrays = abstract_arrays(settings)
     return MemoryPlan(
         weights_bytes=bytes_per_device(settings.abstract_params()),

@@ -57,8 +57,15 @@ class StepDevice:
         array: jax.Array = outputs
         return array
 
+    def fetch(self, outputs: jax.Array) -> np.ndarray:
+        """Waits for a step's outputs on the host."""
+        return np.asarray(outputs)
+
     def _put(self, vectors: np.ndarray, sharding: Sharding) -> jax.Array:
         if isinstance(sharding, SingleDeviceSharding):
             vectors = vectors.reshape(-1)
+        elif not sharding.is_fully_addressable:
+            # `device_put` would have all processes compare what they put.
+            return jax.make_array_from_callback(vectors.shape, sharding, vectors.__getitem__)
         placed: jax.Array = jax.device_put(vectors, sharding)
         return placed

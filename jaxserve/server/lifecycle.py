@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.hung_device import leave_hung_device
@@ -31,6 +31,8 @@ _T = TypeVar("_T")
 NUM_TOKENIZER_THREADS = 2
 FLUSH_GRACE_S = 5.0
 """For streams to hand their last messages to the client."""
+LOSS_NOTICE_S = 2.0
+"""For health checks to see that the server is degraded, before it ends."""
 
 
 class Server:
@@ -81,8 +83,21 @@ class Server:
         if self.state.serving is not None:
             engine = self.state.serving.engine
             drained = await asyncio.to_thread(engine.drain, self._config.drain_timeout_s)
-        await self._grpc.stop(grace=FLUSH_GRACE_S)
+        await self.stop_listening()
         return drained
+
+    async def stop_listening(self) -> None:
+        """Refuses calls, and lets those that run hand over their last messages."""
+        await self._grpc.stop(grace=FLUSH_GRACE_S)
+
+    async def lose(self, why: str) -> None:
+        """What steps need is gone: streams end as UNAVAILABLE with `why`, health is NOT_SERVING
+        (DEGRADED on HTTP), and requests are refused. The ports go on answering."""
+        serving = self.state.serving
+        if serving is not None:
+            serving.engine.fail(why)
+            serving.async_engine.lose(why)
+        await self._health.refresh()
 
     async def stop(self) -> bool:
         """Ends everything at once, the engine included. Can be called twice.
@@ -172,23 +187,30 @@ async def run_until_signal(
     *,
     on_ready: Callable[[Running], None],
     on_drain: Callable[[], None],
+    lost: asyncio.Future[str] | None = None,
 ) -> bool:
     """Serves until SIGTERM or SIGINT, then drains. A second signal is immediate.
 
     Args:
         server: not started yet.
         start: makes the engine; runs in a thread, while the ports answer.
+        lost: says why no step can be done any more, if that happens outside the engine.
 
     Returns:
         Whether every request came to its own end. Raises what `start` raises.
-        Does not return, but ends the process with code 1, when the device hangs.
+        Does not return, but ends the process with code 1, when the device hangs or `lost` is
+        done.
     """
     signalled = _catch_signals()
+    lost = lost or asyncio.get_running_loop().create_future()
     await server.start()
     try:
         starting = _in_daemon_thread(start)
         stop = asyncio.create_task(signalled.wait())
-        await asyncio.wait((starting, stop), return_when=asyncio.FIRST_COMPLETED)
+        await _first_of(starting, stop, lost)
+        if lost.done() and not starting.done():
+            await server.stop()
+            leave_hung_device(lost.result())
         if not starting.done():
             # A compilation cannot be interrupted, and a process that ends
             # under it may crash: leave at once, since there is nothing to lose.
@@ -197,12 +219,30 @@ async def run_until_signal(
         running = starting.result()
         await server.become_ready(serving_of(running))
         on_ready(running)
-        await stop
-        on_drain()
-        return await server.drain()
+        await _first_of(stop, lost)
+        if not lost.done():
+            on_drain()
+            drain = asyncio.create_task(server.drain())
+            await _first_of(drain, lost)
+            if drain.done():
+                return drain.result()
+        await _tell_of_loss(server, lost.result())
     finally:
         if not await server.stop():
             leave_hung_device()
+
+
+async def _first_of(*awaited: asyncio.Future[Any]) -> None:
+    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _tell_of_loss(server: Server, why: str) -> NoReturn:
+    """Lets clients and balancers learn of it, then ends the process, whose engine may wait for
+    the device for ever."""
+    await server.lose(why)
+    await asyncio.sleep(LOSS_NOTICE_S)
+    await server.stop_listening()
+    leave_hung_device(why)
 
 
 def _catch_signals() -> asyncio.Event:

@@ -53,9 +53,9 @@ def holds_adapters(model: ModelSource) -> bool:
 
 def _on_its_base(run: ModelSource, leaves: dict[str, Any]) -> ModelSource:
     # Serving any other model needs nothing of the trainer.
+    from jaxserve.trainer.base_digest import base_digest
     from jaxserve.trainer.config import TrainConfig
     from jaxserve.trainer.config_file import build, read_toml
-    from jaxserve.trainer.fingerprint import files_digest
     from jaxserve.trainer.run_folder import RunFolder
     from jaxserve.trainer.run_identity import base_model_digest
 
@@ -79,12 +79,12 @@ def _on_its_base(run: ModelSource, leaves: dict[str, Any]) -> ModelSource:
             f"{run.path} holds adapters of the model {name}, which is not there: bring it back, or "
             f"set model.source in {folder.config} to where it lies now"
         ) from None
-    if files_digest(path) != base_model_digest(folder):
+    base = loading.open_model(path)
+    if base_digest(base) != base_model_digest(folder):
         raise ConfigError(
             f"{run.path} holds adapters of the model {name}, but its files are not those that they "
             f"were trained on (base_model in {folder.world}): bring these back"
         )
-    base = loading.open_model(path)
     lora = LoraConfig(config.lora.rank, config.lora.alpha, config.lora.targets)
     _check_shapes(run, base, lora, leaves)
     return dataclasses.replace(

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.decoder import Params
 from models.lora import Lora
-from models.ops.attention.packed import ATTENTION_OUTPUT, packed_attention
+from models.ops.attention.packed import ATTENTION_OUTPUT, block_masks, packed_attention
 from models.ops.attention.window import layer_window
 from models.ops.cross_entropy import weighted_nll_sum
 from models.registry import get_family
@@ -82,12 +82,14 @@ def loss_sum(
     params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
     drop = _dropout(keys, dropout, (batch, length))
 
+    masks = block_masks(rows.segment_ids, config.num_heads // config.num_kv_heads)
+
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[()], layer_index: jax.Array
     ) -> tuple[jax.Array, tuple[()]]:
         q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in (q, k, v))
         window = layer_window(config, layer_index)
-        out = packed_attention(q, k, v, rows.segment_ids, sliding_window=window)
+        out = packed_attention(q, k, v, masks, sliding_window=window)
         return out.reshape(batch * length, *out.shape[2:]), cache
 
     x = family.embed(params, config, rows.inputs.reshape(-1))

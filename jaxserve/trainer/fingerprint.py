@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +18,6 @@ PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "ml_dtypes")
 """Distributions whose code takes part in the arithmetic."""
 BASE_MODEL = "base_model"
 """Digest of the model that adapters are trained on."""
-_DIGEST_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +92,6 @@ def take_fingerprint(
         machine=platform.machine(),
         digests=dict(digests),
     )
-
-
-def files_digest(path: Path) -> str:
-    """SHA-256 of a model's files, by name."""
-    hashed = hashlib.sha256()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            hashed.update(f"{file.name}\n{file.stat().st_size}\n".encode())
-            with file.open("rb") as data:
-                while block := data.read(_DIGEST_BLOCK_BYTES):
-                    hashed.update(block)
-    return hashed.hexdigest()
 
 
 def _flat(value: NumericsFingerprint) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxserve import model_store
+from jaxserve.trainer.base_digest import base_digest
 from jaxserve.trainer.config import TrainConfig
 from jaxserve.trainer.config_file import build
 from jaxserve.trainer.data.dataset import TokenDataset
@@ -16,7 +17,6 @@ from jaxserve.trainer.errors import TrainConfigError
 from jaxserve.trainer.fingerprint import (
     BASE_MODEL,
     NumericsFingerprint,
-    files_digest,
     take_fingerprint,
 )
 from jaxserve.trainer.launch import Place, set_up_jax, xla_flags
@@ -92,11 +92,10 @@ def _model_of(
     if config.model.shape is not None:
         return config.model.shape, None, {}
     assert config.model.source is not None
-    path = model_store.resolve(config.model.source)
-    opened = open_model(path)
+    opened = open_model(model_store.resolve(config.model.source))
 
     def load() -> Any:
         return opened.load_params("float32")
 
-    digests = {BASE_MODEL: files_digest(path)} if config.lora is not None else {}
+    digests = {BASE_MODEL: base_digest(opened)} if config.lora is not None else {}
     return opened.config, load, digests

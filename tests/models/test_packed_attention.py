@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.ops.attention.packed import BLOCK_ROWS, packed_attention
+from models.ops.attention.packed import BLOCK_ROWS, block_masks, packed_attention
 
 LENGTH = 2 * BLOCK_ROWS + 44
 """Two whole blocks and a short one."""
@@ -47,10 +47,11 @@ def test_output_and_gradients_are_those_of_the_whole_square(window: int | str | 
     *qkv, factor = inputs()
     ids = segments()
     width = WINDOW if window == "traced" else window
+    masks = block_masks(jnp.asarray(ids), 2)
     given = jnp.int32(WINDOW) if window == "traced" else window
 
     def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, ids, sliding_window=given)
+        return packed_attention(q, k, v, masks, sliding_window=given)
 
     def square(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return whole_square(q, k, v, ids, width)

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxserve.engine.mesh_step import make_mesh_load_slot, make_mesh_step
+from jaxserve.engine.pipeline_step import make_tick
 from jaxserve.engine.slots import SlotLoadLayout, load_slot
 from jaxserve.engine.step import Params, make_step
 from jaxserve.engine.step_arrays import StepArrays
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
 from models.config import ModelConfig
+from models.mesh_shape import ONE_DEVICE, MeshShape
 from models.ops.attention.registry import AttentionImplementation
 from models.sharding import ModelSharding
 
@@ -76,6 +78,10 @@ class Programs:
     """Of a step's inputs: of one device, or int32 `[D, P, layout.size]` of a mesh."""
     load_sharding: Sharding
     """Of a slot load: of one device, or int32 `[D, load_layout.size]` of a mesh."""
+    num_replicas: int
+    """D"""
+    num_stages: int
+    """P"""
     temp_bytes: int
     """Most temporary memory of any program, from XLA's memory analysis."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -98,6 +104,10 @@ class ProgramSpec:
     device: jax.Device
     sharding: ModelSharding | None = None
     """Instead of `device`: the mesh."""
+
+    @property
+    def mesh(self) -> MeshShape:
+        return ONE_DEVICE if self.sharding is None else self.sharding.shape
 
     @property
     def num_slots(self) -> int:
@@ -167,6 +177,8 @@ class ProgramBuild:
             load_layout=self._load_layout,
             inputs_sharding=_inputs_sharding(self._spec),
             load_sharding=_load_sharding(self._spec),
+            num_replicas=self._spec.mesh.data,
+            num_stages=self._spec.mesh.stage,
             temp_bytes=max(_temp_bytes(future.result()[0]) for future in futures),
             seconds=seconds,
         )
@@ -184,21 +196,23 @@ class ProgramBuild:
 
 
 def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:
-    sharding = spec.sharding
-    step: Callable[..., Any]
+    sharding, arrays = spec.sharding, spec.arrays
     if sharding is None:
         step = make_step(spec.config, layout, spec.attention)
         vector = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-    else:
-        step = make_mesh_step(sharding, layout, spec.attention, spec.params)
-        vector = jax.ShapeDtypeStruct(
-            (sharding.shape.data, sharding.shape.stage, layout.size),
-            jnp.int32,
-            sharding=_inputs_sharding(spec),
-        )
+        program = jax.jit(step, donate_argnums=(1, 2))
+        return program.lower(spec.params, arrays.kv_pool, arrays.slots, vector).compile()
+    vector = jax.ShapeDtypeStruct(
+        (spec.mesh.data, spec.mesh.stage, layout.size), jnp.int32, sharding=_inputs_sharding(spec)
+    )
+    if arrays.between_stages is None:
+        mesh_step = make_mesh_step(sharding, layout, spec.attention, spec.params)
+        program = jax.jit(mesh_step, donate_argnums=(1, 2))
+        return program.lower(spec.params, arrays.kv_pool, arrays.slots, vector).compile()
+    tick = make_tick(sharding, layout, spec.attention, spec.params)
     return (
-        jax.jit(step, donate_argnums=(1, 2))
-        .lower(spec.params, spec.arrays.kv_pool, spec.arrays.slots, vector)
+        jax.jit(tick, donate_argnums=(1, 2, 3))
+        .lower(spec.params, arrays.kv_pool, arrays.slots, arrays.between_stages, vector)
         .compile()
     )
 

@@ -7,21 +7,17 @@ transfer, one call, one device-to-host copy.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 
-from jaxserve.engine.plan import StepPlan, StepResults
-from jaxserve.engine.plan_packer import PlanPacker
-from jaxserve.engine.step import unpack_outputs
+from jaxserve.engine.compilation import Programs
+from jaxserve.engine.replicas import AnyPlan, ReplicaPackers, num_step_rows, unpack_results
 from jaxserve.engine.step_device import StepDevice
-
-if TYPE_CHECKING:
-    from jaxserve.engine.compilation import Programs
 
 
 class JaxExecutor:
-    """Implements `Executor`, for one replica.
+    """Implements `Executor`, for plans of one replica or of several.
 
     Args:
         device: owns the KV pool and the slots' state.
@@ -31,10 +27,9 @@ class JaxExecutor:
     def __init__(self, device: StepDevice, *, depth: int = 2) -> None:
         self.depth = depth
         self.device = device
-        self._in_flight: deque[tuple[StepPlan, jax.Array]] = deque()
-        layouts = device.programs.layouts
-        self._packer = PlanPacker(layouts, device.programs.load_layout)
-        layout = next(iter(layouts.values()))
+        self._in_flight: deque[tuple[AnyPlan, jax.Array]] = deque()
+        self._packers = ReplicaPackers(device.programs, device.programs.num_replicas)
+        layout = next(iter(device.programs.layouts.values()))
         self.tiling = layout.tiling
         self.num_pages = layout.num_pages
 
@@ -49,23 +44,23 @@ class JaxExecutor:
     def can_accept(self) -> bool:
         return len(self._in_flight) < self.depth
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plan: AnyPlan) -> None:
         """Dispatches the plan. Raises ValueError for a bucket that was not
         compiled or a full executor, before anything has changed."""
         if not self.can_accept():
             raise ValueError(f"{self.depth} plans are in flight already")
-        self._packer.check(plan)
-        for vector in self._packer.advance(plan):
-            self.device.load_slot(vector[None])
-        vector = self._packer.pack(plan, plan.num_rows_bucket)
-        outputs = self.device.step(plan.num_rows_bucket, vector[None, None])
+        step = self._packers.take(plan)
+        for vectors in self._packers.loads(step):
+            self.device.load_slot(vectors)
+        num_rows = num_step_rows(step)
+        outputs = self.device.step(num_rows, self._packers.vectors([step], num_rows))
         self._in_flight.append((plan, outputs))
 
-    def next_completion(self) -> tuple[StepPlan, StepResults]:
+    def next_completion(self) -> tuple[Any, Any]:
+        """The oldest plan with its `StepResults`, or a tuple of them for `ReplicaPlans`."""
         if not self._in_flight:
             raise LookupError("no plan is in flight")
         plan, outputs = self._in_flight[0]
         host = self.device.fetch(outputs)
         self._in_flight.popleft()
-        rows = host.reshape(host.shape[-2:])
-        return plan, unpack_outputs(plan.step_id, rows, plan.num_sample_rows)
+        return plan, unpack_results(plan, host)

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from checkpoint.errors import FormatError
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.memory_plan import available_bytes, bytes_per_device
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.served_params import load_served_params, make_place
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
+from jaxserve.engine.step_device import StepDevice
 from jaxserve.errors import JaxserveError
 from jaxserve.trained_model import open_model
 from models.config import ModelConfig
@@ -40,7 +40,7 @@ class LiveWeights:
 
     Args:
         engine: running.
-        executor, pages: of this engine; touched in the engine's thread alone.
+        device, pages: of this engine; touched in the engine's thread alone.
         settings: of this engine.
         source: what its weights were read from.
     """
@@ -48,13 +48,13 @@ class LiveWeights:
     def __init__(
         self,
         engine: Engine,
-        executor: JaxExecutor,
+        device: StepDevice,
         pages: PagePool,
         settings: EngineSettings,
         source: ModelSource,
     ) -> None:
         self._engine = engine
-        self._executor = executor
+        self._device = device
         self._pages = pages
         self._settings = settings
         self._swapping = threading.Lock()
@@ -100,7 +100,7 @@ class LiveWeights:
 
             def exchange() -> None:
                 self._pages.forget()
-                self._executor.device.params = params
+                self._device.params = params
                 self._name, self._step = described
                 self._num_swaps += 1
 
@@ -119,7 +119,7 @@ class LiveWeights:
     def _load(self, source: ModelSource) -> Params:
         _check_config(self._settings.model_config, source.config)
         settings = self._settings
-        needed = bytes_per_device(self._executor.device.params)
+        needed = bytes_per_device(self._device.params)
         free = available_bytes(settings.device, settings.mesh.num_devices)
         put = make_place(settings)
         if needed > free:

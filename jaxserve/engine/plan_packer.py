@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.slots import SlotLoadLayout
 from jaxserve.engine.step_inputs import StepLayout
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPlan:
+    """A plan with the page table as it was when the plan was made."""
+
+    plan: StepPlan
+    loads: Sequence[np.ndarray]
+    """Slot loads, int32 `[load_layout.size]` each."""
+    vector: np.ndarray
+    """int32 `[layout.size]` of the plan's bucket."""
 
 
 class PlanPacker:
@@ -41,9 +53,8 @@ class PlanPacker:
         if plan.num_tokens > layout.num_rows or plan.num_sample_rows > layout.num_sample_rows:
             raise ValueError(f"plan {plan.step_id} does not fit its bucket")
 
-    def advance(self, plan: StepPlan) -> Sequence[np.ndarray]:
-        """Takes the plan's changes into the page table. Returns its slot loads, int32
-        `[load_layout.size]` each."""
+    def take(self, plan: StepPlan) -> PackedPlan:
+        """Takes the plan's changes into the page table, and packs it."""
         loads = []
         for load in plan.slot_loads:
             self._num_slot_pages[load.slot] = 0
@@ -55,19 +66,26 @@ class PlanPacker:
                 end = held + len(chunk.new_pages)
                 self._page_table[chunk.slot, held:end] = chunk.new_pages
                 self._num_slot_pages[chunk.slot] = end
-        return loads
+        vector = self._layouts[plan.num_rows_bucket].pack(plan, self._page_table)
+        return PackedPlan(plan, loads, vector)
 
-    def pack(self, plan: StepPlan, num_rows: int) -> np.ndarray:
-        """int32 `[layout.size]` of a plan, by the page table as it is now, for the step of
-        `num_rows` rows, which may be larger than the plan's own bucket."""
-        return self._layouts[num_rows].pack(plan, self._page_table)
+    def vector(self, packed: PackedPlan | None, num_rows: int) -> np.ndarray:
+        """int32 `[layout.size]` for the step of `num_rows` rows, which may be larger than the
+        plan's own bucket; padding alone for None."""
+        layout = self._layouts[num_rows]
+        if packed is None:
+            return layout.pack(_NOTHING, self._page_table)
+        bucket = packed.plan.num_rows_bucket
+        if bucket == num_rows:
+            return packed.vector
+        start, end = self._layouts[bucket].slices["page_table"]
+        return layout.pack(packed.plan, packed.vector[start:end].reshape(self._page_table.shape))
 
-    def pack_nothing(self, num_rows: int) -> np.ndarray:
-        """The vector of a replica or a stage that has no plan: padding alone."""
-        return self._layouts[num_rows].pack(_NOTHING, self._page_table)
-
-    def load_nothing(self) -> np.ndarray:
-        """The slot load of a replica that has none: for a slot that does not exist."""
+    def load(self, packed: PackedPlan | None, index: int) -> np.ndarray:
+        """int32 `[load_layout.size]` of the plan's load at `index`. Where there is none, one for
+        a slot that does not exist, which is dropped."""
+        if packed is not None and index < len(packed.loads):
+            return packed.loads[index]
         vector = np.zeros(self._load_layout.size, np.int32)
         self._load_layout.views(vector)["scalars"][0] = len(self._num_slot_pages)
         return vector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,7 @@ def resolve_settings(
         max_queued_tokens=config.max_queued_tokens,
         prefix_caching=config.prefix_caching,
         policy=config.policy,
+        **_pipelining(config.mesh.stage, max_num_seqs),
     )
     scheduler = _with_policy_rows(scheduler, config)
     return EngineSettings(
@@ -165,6 +167,27 @@ def resolve_settings(
         sharding=sharding,
         cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
+
+
+class _Pipelining(TypedDict, total=False):
+    """Fields of `SchedulerConfig`."""
+
+    max_in_flight: int
+    chain_decodes: bool
+    stream_chunks: bool
+    max_seqs_per_step: int
+
+
+def _pipelining(num_stages: int, max_num_seqs: int) -> _Pipelining:
+    """A micro-batch for each stage; without stages the defaults."""
+    if num_stages == 1:
+        return {}
+    return {
+        "max_in_flight": num_stages,
+        "chain_decodes": False,
+        "stream_chunks": True,
+        "max_seqs_per_step": -(-max_num_seqs // num_stages),
+    }
 
 
 def _served_shapes(

@@ -32,6 +32,7 @@ from jaxserve.engine.launch import start_devices
 from jaxserve.engine.live_weights import LiveWeights
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_device
 from jaxserve.engine.phases import OnPhase, Phases
+from jaxserve.engine.pipeline_executor import PipelineExecutor
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.served_params import load_served_params
@@ -48,6 +49,9 @@ from models.loading import ModelSource
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
+
+
+AnyExecutor = JaxExecutor | PipelineExecutor
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def start_engine(
             with phases.time("wait for followers"):
                 leader.wait_until_ready(fingerprint(settings))
             step_device = LeaderDevice(leader, step_device)
-        executor = JaxExecutor(step_device)
+        executor = make_executor(step_device)
         with phases.time("first steps"):
             _run_first_steps(settings, executor)
         with phases.time("measure steps"):
@@ -151,7 +155,7 @@ def start_engine(
         ready_s=perf_counter() - start,
         num_compiles=num_compiles,
     )
-    weights = LiveWeights(engine, executor, scheduler.pages, settings, source)
+    weights = LiveWeights(engine, executor.device, scheduler.pages, settings, source)
     return RunningEngine(engine, tokenizer, source, report, counter, weights)
 
 
@@ -182,15 +186,19 @@ def load_and_compile(source: ModelSource, settings: EngineSettings, phases: Phas
             programs = build.result()
     for name, seconds in programs.seconds.items():
         phases.record(name, seconds)
-    return StepDevice(programs, params, arrays.kv_pool, arrays.slots)
+    return StepDevice(programs, params, arrays)
 
 
 def build_executor(settings: EngineSettings, params: Params, *, depth: int = 2) -> JaxExecutor:
-    """Compiles every program and allocates the pool, without an engine."""
+    """Compiles every program and allocates the pool, without an engine and without stages."""
     with ProgramBuild(program_spec(settings)) as build:
         programs = build.result()
-    arrays = allocate(settings)
-    return JaxExecutor(StepDevice(programs, params, arrays.kv_pool, arrays.slots), depth=depth)
+    return JaxExecutor(StepDevice(programs, params, allocate(settings)), depth=depth)
+
+
+def make_executor(device: StepDevice) -> AnyExecutor:
+    """The executor of a device with or without stages."""
+    return PipelineExecutor(device) if device.programs.num_stages > 1 else JaxExecutor(device)
 
 
 def program_spec(settings: EngineSettings) -> ProgramSpec:
@@ -220,7 +228,7 @@ def memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 
     )
 
 
-def _run_first_steps(settings: EngineSettings, executor: JaxExecutor) -> None:
+def _run_first_steps(settings: EngineSettings, executor: AnyExecutor) -> None:
     """A short prompt and a decode through every bucket, on page 0 of slot 0."""
     for step_id, rows in enumerate(settings.scheduler.buckets):
         num_tokens = max(1, min(rows, settings.scheduler.page_size - 1))

@@ -65,8 +65,8 @@ def make_step(
         x, kv_pool = family.run_layers(
             params, config, x, work.row_positions, kv_pool, attend, shard=shard
         )
-        slots, outputs = sample_step(config, layout, params, x, parts, slots, shard)
-        return kv_pool, slots, outputs
+        outputs = draw(config, layout, params, x, parts, slots, shard)
+        return kv_pool, record(layout, parts, slots, outputs), outputs
 
     return step
 
@@ -105,7 +105,7 @@ def paged_attend(
     return attend
 
 
-def sample_step(
+def draw(
     config: ModelConfig,
     layout: StepLayout,
     params: Params,
@@ -113,33 +113,41 @@ def sample_step(
     parts: Mapping[str, jax.Array],
     slots: SlotState,
     shard: TensorShard | None,
-) -> tuple[SlotState, jax.Array]:
-    """The last layer's rows `x [T, E]` to the step's outputs, recorded in the slots."""
+) -> jax.Array:
+    """The last layer's rows `x [T, E]` to the step's outputs."""
     rows, targets = parts["sample_rows"], parts["sample_targets"]
-    row_slots = jnp.minimum(parts["row_slots"], layout.num_slots - 1)[rows]
     logits = get_family(config.family).logits(params, config, x[rows], shard)
     # The drawn token stands one position after the row that predicts it.
-    output = sample(logits, slots, row_slots, parts["row_positions"][rows] + 1, targets)
+    positions = parts["row_positions"][rows] + 1
+    output = sample(logits, slots, _sample_slots(layout, parts), positions, targets)
     # NaN or infinity: there is no next token, and the request ends as an error.
     is_sound = jnp.isfinite(logits.max(-1)) & jnp.isfinite(logits.min(-1))
     token_ids = jnp.where(is_sound, output.token_ids, NO_TOKEN)
-    output = dataclasses.replace(output, token_ids=token_ids)
-    return record(slots, token_ids, row_slots, targets), _pack_outputs(output)
+    return _pack_outputs(dataclasses.replace(output, token_ids=token_ids))
 
 
 def record(
-    slots: SlotState, token_ids: jax.Array, row_slots: jax.Array, targets: jax.Array
+    layout: StepLayout,
+    parts: Mapping[str, jax.Array],
+    slots: SlotState,
+    outputs: jax.Array,
+    is_mine: bool | jax.Array = True,
 ) -> SlotState:
-    """Stores the drawn tokens as last tokens and counts them."""
-    num_slots = slots.last_token.shape[0]
-    target_slots = jnp.where(targets == -1, row_slots, num_slots)
+    """Stores the drawn tokens as last tokens and counts them; nothing unless `is_mine`."""
+    is_drawn = (parts["sample_targets"] == -1) & is_mine
+    target_slots = jnp.where(is_drawn, _sample_slots(layout, parts), layout.num_slots)
+    token_ids = jnp.maximum(outputs[:, 0], 0)
     return dataclasses.replace(
         slots,
-        last_token=slots.last_token.at[target_slots].set(jnp.maximum(token_ids, 0), mode="drop"),
-        token_counts=slots.token_counts.at[target_slots, jnp.maximum(token_ids, 0)].add(
-            1, mode="drop"
-        ),
+        last_token=slots.last_token.at[target_slots].set(token_ids, mode="drop"),
+        token_counts=slots.token_counts.at[target_slots, token_ids].add(1, mode="drop"),
     )
+
+
+def _sample_slots(layout: StepLayout, parts: Mapping[str, jax.Array]) -> jax.Array:
+    """The slot of each sample row, int32 `[N]`; any valid one for padding."""
+    slots: jax.Array = jnp.minimum(parts["row_slots"], layout.num_slots - 1)[parts["sample_rows"]]
+    return slots
 
 
 def _pack_outputs(output: SampleOutput) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.slots import SlotState, slot_state_shapes
 from models.ops.attention.kv_pool import KV_POOL_AXES, kv_pool_shape, storage_dtype
+from models.sharding import ModelSharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class StepArrays:
 
     kv_pool: Any
     slots: SlotState
+    between_stages: Any
+    """In a pipeline, the rows that each stage has got from the one before: `[D, P, T, E]` for T
+    rows of the largest bucket. None without stages."""
 
 
 def abstract_arrays(settings: EngineSettings) -> StepArrays:
@@ -34,6 +38,7 @@ def abstract_arrays(settings: EngineSettings) -> StepArrays:
         return StepArrays(
             jax.ShapeDtypeStruct(pool, dtype),
             slot_state_shapes(scheduler.max_num_seqs, config.vocab_size),
+            None,
         )
     config, num_replicas = sharding.served_config, sharding.shape.data
     num_layers, num_pages, *rest = kv_pool_shape(config, scheduler.num_pages, scheduler.page_size)
@@ -50,6 +55,17 @@ def abstract_arrays(settings: EngineSettings) -> StepArrays:
             ),
             slots,
         ),
+        None if sharding.shape.stage == 1 else _between_stages(settings, sharding),
+    )
+
+
+def _between_stages(settings: EngineSettings, sharding: ModelSharding) -> jax.ShapeDtypeStruct:
+    shape = sharding.shape
+    rows = (settings.scheduler.buckets[-1], settings.model_config.hidden_size)
+    return jax.ShapeDtypeStruct(
+        (shape.data, shape.stage, *rows),
+        settings.dtype,
+        sharding=sharding.named("replicas", "plans"),
     )
 
 
@@ -62,6 +78,6 @@ def allocate(settings: EngineSettings) -> StepArrays:
             array: jax.Array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
         return array
 
-    arrays = StepArrays(zeros(abstract.kv_pool), jax.tree.map(zeros, abstract.slots))
-    jax.block_until_ready((arrays.kv_pool, arrays.slots))
-    return arrays
+    arrays = jax.tree.map(zeros, (abstract.kv_pool, abstract.slots, abstract.between_stages))
+    jax.block_until_ready(arrays)
+    return StepArrays(*arrays)

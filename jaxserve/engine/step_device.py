@@ -6,17 +6,13 @@ them, can run the same steps in the same order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxserve.engine.slots import SlotState
+from jaxserve.engine.compilation import Programs
 from jaxserve.engine.step import Params
-
-if TYPE_CHECKING:
-    from jaxserve.engine.compilation import Programs
+from jaxserve.engine.step_arrays import StepArrays
 
 
 class StepDevice:
@@ -25,18 +21,20 @@ class StepDevice:
     Args:
         programs: compiled ahead of time.
         params: weights; an argument of the step, so a swap never recompiles.
-        kv_pool: `[L, D * (P + 1), page_size, 2, K, D]` for P pages a replica; donated to
-            every step.
-        slots: of all replicas; donated to every step.
+        arrays: KV pool, slots and rows between stages; donated to every step.
     """
 
-    def __init__(
-        self, programs: Programs, params: Params, kv_pool: jax.Array, slots: SlotState
-    ) -> None:
+    def __init__(self, programs: Programs, params: Params, arrays: StepArrays) -> None:
         self.programs = programs
         self.params = params
-        self.kv_pool = kv_pool
-        self.slots = slots
+        self.kv_pool = arrays.kv_pool
+        self.slots = arrays.slots
+        self._between_stages = arrays.between_stages
+
+    @property
+    def arrays(self) -> StepArrays:
+        """As they are after what has been dispatched."""
+        return StepArrays(self.kv_pool, self.slots, self._between_stages)
 
     def load_slot(self, vectors: np.ndarray) -> None:
         """Loads a slot of each replica: int32 `[D, load_layout.size]`."""
@@ -47,15 +45,21 @@ class StepDevice:
         """Dispatches the step of a bucket: int32 `[D, P, layout.size]` to its outputs.
 
         These are int32 `[D, N, 3 + 2 * num_top]`, or without the first axis on one device, and
-        are on their way to the host.
+        are on their way to the host. In a pipeline they are those of the last stage's plan.
         """
+        program = self.programs.steps[num_rows]
         placed = self._put(vectors, self.programs.inputs_sharding)
-        self.kv_pool, self.slots, outputs = self.programs.steps[num_rows](
-            self.params, self.kv_pool, self.slots, placed
-        )
+        outputs: jax.Array
+        if self._between_stages is None:
+            self.kv_pool, self.slots, outputs = program(
+                self.params, self.kv_pool, self.slots, placed
+            )
+        else:
+            self.kv_pool, self.slots, self._between_stages, outputs = program(
+                self.params, self.kv_pool, self.slots, self._between_stages, placed
+            )
         outputs.copy_to_host_async()
-        array: jax.Array = outputs
-        return array
+        return outputs
 
     def fetch(self, outputs: jax.Array) -> np.ndarray:
         """Waits for a step's outputs on the host."""

@@ -116,7 +116,7 @@ def test_a_request_runs_on_one_version_and_later_ones_on_the_next(
     save(run, 2, -3.0)
     old = answer(running, "old")
     assert running.weights.name == "run@1"
-    leaf = weakref.ref(jax.tree.leaves(running.weights._executor.device.params)[0])
+    leaf = weakref.ref(jax.tree.leaves(running.weights._device.params)[0])
     first, second = Sink(is_held=True), Sink()
     running.engine.add(request("first"), first)
     assert first.has_begun.wait(30)

@@ -27,7 +27,7 @@ class LeaderDevice(StepDevice):
             leader: of a group that is ready.
             device: this process's part of the model; not to be used by itself any more.
         """
-        super().__init__(device.programs, device.params, device.kv_pool, device.slots)
+        super().__init__(device.programs, device.params, device.arrays)
         self._leader = leader
 
     def load_slot(self, vectors: np.ndarray) -> None:

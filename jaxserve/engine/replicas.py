@@ -1,0 +1,117 @@
+"""Replicas: the plans that D replicas of a model run in one step, side by side.
+
+Replicas share weights and programs, and nothing of a request: each has slots, pages and a
+scheduler of its own, so that one of them does what an engine on its devices alone would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.engine.compilation import Programs
+from jaxserve.engine.plan import StepPlan, StepResults
+from jaxserve.engine.plan_packer import PackedPlan, PlanPacker
+from jaxserve.engine.step import unpack_outputs
+
+PackedStep = tuple[PackedPlan | None, ...]
+"""Of each replica; None for one without a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlans:
+    """One step of all replicas."""
+
+    step_id: int
+    plans: tuple[StepPlan | None, ...]
+    """Of each replica; at least one is not None."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(plan.num_tokens for plan in self.plans if plan is not None)
+
+    @property
+    def num_rows_bucket(self) -> int:
+        """Rows that all replicas compute together: the largest plan's for each."""
+        largest = max(plan.num_rows_bucket for plan in self.plans if plan is not None)
+        return largest * len(self.plans)
+
+
+AnyPlan = StepPlan | ReplicaPlans
+"""A `StepPlan` is a step of the first replica."""
+
+
+class ReplicaPackers:
+    """The host's side of all replicas.
+
+    Args:
+        programs: compiled for them.
+        num_replicas: D.
+    """
+
+    def __init__(self, programs: Programs, num_replicas: int) -> None:
+        self._packers = [
+            PlanPacker(programs.layouts, programs.load_layout) for _ in range(num_replicas)
+        ]
+
+    def take(self, plan: AnyPlan) -> PackedStep:
+        """Takes the plans' changes into the page tables, and packs them.
+
+        Raises ValueError for a plan that no compiled step takes, before anything has changed.
+        """
+        plans = self._plans(plan)
+        for packer, own in zip(self._packers, plans, strict=True):
+            if own is not None:
+                packer.check(own)
+        return tuple(
+            None if own is None else packer.take(own)
+            for packer, own in zip(self._packers, plans, strict=True)
+        )
+
+    def loads(self, step: PackedStep) -> list[np.ndarray]:
+        """The step's slot loads, int32 `[D, load_layout.size]` each."""
+        count = max(0 if packed is None else len(packed.loads) for packed in step)
+        return [
+            np.stack(
+                [packer.load(own, index) for packer, own in zip(self._packers, step, strict=True)]
+            )
+            for index in range(count)
+        ]
+
+    def vectors(self, stages: Sequence[PackedStep | None], num_rows: int) -> np.ndarray:
+        """int32 `[D, P, layout.size]`: what each stage of each replica computes."""
+        return np.stack(
+            [
+                [
+                    packer.vector(None if step is None else step[replica], num_rows)
+                    for step in stages
+                ]
+                for replica, packer in enumerate(self._packers)
+            ]
+        )
+
+    def _plans(self, plan: AnyPlan) -> Sequence[StepPlan | None]:
+        if isinstance(plan, ReplicaPlans):
+            return plan.plans
+        return [plan, *[None] * (len(self._packers) - 1)]
+
+
+def num_step_rows(step: PackedStep) -> int:
+    """The smallest bucket that holds every replica's plan."""
+    return max(packed.plan.num_rows_bucket for packed in step if packed is not None)
+
+
+def unpack_results(
+    plan: AnyPlan, outputs: np.ndarray
+) -> StepResults | tuple[StepResults | None, ...]:
+    """The host's view of outputs `[D, N, 3 + 2 * num_top]`, or without D on one device: one
+    result, or one for each replica."""
+    outputs = outputs.reshape(-1, *outputs.shape[-2:])
+    if isinstance(plan, StepPlan):
+        return unpack_outputs(plan.step_id, outputs[0], plan.num_sample_rows)
+    return tuple(
+        None if own is None else unpack_outputs(own.step_id, rows, own.num_sample_rows)
+        for own, rows in zip(plan.plans, outputs, strict=True)
+    )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from jaxserve.engine.detokenizer import DetokenizerFactory
 from jaxserve.engine.engine_core import EngineCore, EngineSnapshot
-from jaxserve.engine.executor import Executor
+from jaxserve.engine.loop import StepExecutor
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputProcessor
 from jaxserve.engine.request import GenerationRequest, Request
 from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.engine.scheduler.replica_scheduler import ReplicaScheduler
 from jaxserve.engine.scheduler.scheduler import Scheduler
 from jaxserve.errors import InvalidRequest
 
@@ -31,12 +32,12 @@ class Engine(EngineCore):
     request ends as LENGTH.
     """
 
-    _scheduler: Scheduler
+    _scheduler: Scheduler | ReplicaScheduler
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        executor: Executor,
+        scheduler: Scheduler | ReplicaScheduler,
+        executor: StepExecutor,
         tokenizer: Tokenizer,
         model_config: ModelConfig,
         *,

@@ -16,6 +16,7 @@ from checkpoint.errors import FormatError
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.memory_plan import available_bytes, bytes_per_device
 from jaxserve.engine.pages import PagePool
+from jaxserve.engine.scheduler.replica_scheduler import ReplicaPages
 from jaxserve.engine.served_params import load_served_params, make_place
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
@@ -49,7 +50,7 @@ class LiveWeights:
         self,
         engine: Engine,
         device: StepDevice,
-        pages: PagePool,
+        pages: PagePool | ReplicaPages,
         settings: EngineSettings,
         source: ModelSource,
     ) -> None:

@@ -136,6 +136,25 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaPlans:
+    """One step of all replicas of a model, which share weights and nothing of a request."""
+
+    step_id: int
+    plans: tuple[StepPlan | None, ...]
+    """Of each replica; at least one is not None."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(plan.num_tokens for plan in self.plans if plan is not None)
+
+    @property
+    def num_rows_bucket(self) -> int:
+        """Rows that all replicas compute together: each as many as the largest plan needs."""
+        largest = max(plan.num_rows_bucket for plan in self.plans if plan is not None)
+        return largest * len(self.plans)
+
+
+@dataclass(frozen=True, slots=True)
 class StepResults:
     """What came back from the device. `n` = `plan.num_sample_rows`, in the
     order of `plan.sample_rows()`; N is `MAX_TOP_LOGPROBS`.

@@ -1,42 +1,18 @@
-"""Replicas: the plans that D replicas of a model run in one step, side by side.
-
-Replicas share weights and programs, and nothing of a request: each has slots, pages and a
-scheduler of its own, so that one of them does what an engine on its devices alone would do.
-"""
+"""The host's side of D replicas that run their plans in one step: packing and unpacking."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from jaxserve.engine.compilation import Programs
-from jaxserve.engine.plan import StepPlan, StepResults
+from jaxserve.engine.plan import ReplicaPlans, StepPlan, StepResults
 from jaxserve.engine.plan_packer import PackedPlan, PlanPacker
 from jaxserve.engine.step import unpack_outputs
 
 PackedStep = tuple[PackedPlan | None, ...]
 """Of each replica; None for one without a plan."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaPlans:
-    """One step of all replicas."""
-
-    step_id: int
-    plans: tuple[StepPlan | None, ...]
-    """Of each replica; at least one is not None."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(plan.num_tokens for plan in self.plans if plan is not None)
-
-    @property
-    def num_rows_bucket(self) -> int:
-        """Rows that all replicas compute together: the largest plan's for each."""
-        largest = max(plan.num_rows_bucket for plan in self.plans if plan is not None)
-        return largest * len(self.plans)
 
 
 AnyPlan = StepPlan | ReplicaPlans

@@ -18,6 +18,7 @@ from jaxserve.engine.scheduler.budget import (
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.policies import Policy, make_policy
 from jaxserve.engine.scheduler.policies.slack import SlackPolicy
+from jaxserve.engine.scheduler.replica_scheduler import ReplicaScheduler
 from jaxserve.engine.scheduler.scheduler import Scheduler
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step_cost import StepCost, fit_step_cost
@@ -30,15 +31,18 @@ def make_scheduler(
     *,
     limit_s: float = LIMIT_S,
     clock: Callable[[], float] = perf_counter,
-) -> tuple[EngineSettings, Scheduler]:
-    """The scheduler, and the settings with what was chosen for it.
+) -> tuple[EngineSettings, Scheduler | ReplicaScheduler]:
+    """The scheduler (of several replicas, one with theirs in it), and the settings with what was
+    chosen for it.
 
     If there is an objective for the time between tokens, steps are measured
     first, for up to `limit_s`. Raises ConfigError if no step keeps it.
     """
     config = settings.scheduler
     if not settings.has_tbt_objective:
-        return settings, Scheduler(config, policy=_policy(settings, None))
+        return settings, _for_replicas(
+            settings, lambda: Scheduler(config, policy=_policy(settings, None))
+        )
     samples = measure_steps(config, executor, limit_s=limit_s, clock=clock)
     cost = fit_step_cost(samples)
     num_measured_rows = samples[-1][0].num_rows_bucket
@@ -51,8 +55,18 @@ def make_scheduler(
     else:
         budget = SlackBudget(cost, settings.objective, max_rows=config.token_budget)
     settings = replace(settings, scheduler=config)
-    policy = _policy(settings, samples[-1])
-    return settings, Scheduler(config, policy=policy, budget=budget)
+    return settings, _for_replicas(
+        settings,
+        lambda: Scheduler(config, policy=_policy(settings, samples[-1]), budget=budget),
+    )
+
+
+def _for_replicas(
+    settings: EngineSettings, make: Callable[[], Scheduler]
+) -> Scheduler | ReplicaScheduler:
+    if settings.mesh.data == 1:
+        return make()
+    return ReplicaScheduler([make() for _ in range(settings.mesh.data)])
 
 
 def _with_token_budget(

@@ -1,0 +1,177 @@
+"""Runs tiny models on meshes of virtual devices, in a process of its own.
+
+    python -m tests.step.mesh_runs CACHE_DIR CASES
+
+CASES is JSON: name -> keyword arguments of `run_case`. Prints JSON: name -> what came of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxserve.engine.launch import start_devices
+
+NUM_DEVICES = 8
+GOLDENS = Path(__file__).parent.parent / "goldens" / "tiny"
+WIDE = "wide"
+"""A Llama that eight devices and four stages can share, with fewer KV heads than devices."""
+
+
+def main(cache_dir: str, cases: str) -> None:
+    start_devices(NUM_DEVICES)
+
+    from jaxserve.engine.compilation import use_compilation_cache
+
+    use_compilation_cache(Path(cache_dir))
+    print(json.dumps({name: run_case(**case) for name, case in json.loads(cases).items()}))
+
+
+def run_case(
+    mesh: str = "data=1",
+    model: str = WIDE,
+    buckets: tuple[int, ...] = (24,),
+    policy: str = "sarathi",
+    quantization: str = "none",
+    token_budget: int | None = None,
+    num_requests: int = 7,
+    max_num_seqs: int = 6,
+    num_pages: int = 60,
+) -> dict[str, Any]:
+    """Tokens and logprobs of each request; compilations and, with stages, idle rows."""
+    import jax
+
+    from jaxserve.engine.compilation import CompileCounter, ProgramBuild
+    from jaxserve.engine.config import EngineConfig
+    from jaxserve.engine.settings import resolve_settings
+    from jaxserve.engine.sizing import make_scheduler
+    from jaxserve.engine.startup import make_executor, program_spec
+    from jaxserve.engine.step_arrays import allocate
+    from jaxserve.engine.step_device import StepDevice
+    from models.mesh_shape import parse_mesh
+
+    model_config, load = _model(model)
+    engine_config = EngineConfig(
+        model="tiny",
+        dtype="float32",
+        mesh=parse_mesh(mesh),
+        buckets=tuple(buckets),
+        token_budget=token_budget,
+        max_num_seqs=max_num_seqs,
+        max_model_len=64,
+        page_size=4,
+        policy=policy,
+        quantization=quantization,
+        compilation_cache_dir=Path("unused"),
+    )
+    settings = resolve_settings(engine_config, model_config, jax.devices()[0])
+    settings = replace(settings, scheduler=replace(settings.scheduler, num_pages=num_pages))
+    with ProgramBuild(program_spec(settings)) as build:
+        programs = build.result()
+    device = StepDevice(programs, load(settings), allocate(settings))
+    executor = make_executor(device)
+    settings, scheduler = make_scheduler(settings, executor)
+    requests = _requests(num_requests, model_config.vocab_size)
+    counter = CompileCounter()
+    streams = _run(executor, scheduler, requests)
+    counter.close()
+    return {
+        "tokens": {name: tokens for name, (tokens, _) in streams.items()},
+        "logprobs": {name: logprobs for name, (_, logprobs) in streams.items()},
+        "compiles": counter.count,
+        "preemptions": scheduler.num_preemptions,
+        "largest_part": _largest_part(device.params),
+        **_idle(executor),
+    }
+
+
+def _model(name: str) -> tuple[Any, Any]:
+    """Its config, and a function of the settings that puts its weights on their mesh."""
+    import numpy as np
+
+    from checkpoint.param_loading import flatten, unflatten
+    from jaxserve.engine.served_params import load_served_params, make_place
+    from models.loading import open_model
+    from tests.step.harness import TINY, tiny_params
+
+    if name != WIDE:
+        source = open_model(GOLDENS / name)
+        return source.config, lambda settings: load_served_params(source, settings)
+    config = replace(TINY, num_heads=8, num_kv_heads=4, num_layers=4, tie_word_embeddings=False)
+
+    def place(settings: Any) -> Any:
+        put = make_place(settings)
+        leaves = flatten(tiny_params(config))
+        return unflatten({path: put(path, np.asarray(leaf)) for path, leaf in leaves.items()})
+
+    return config, place
+
+
+def _requests(count: int, vocab_size: int) -> list[Any]:
+    import numpy as np
+
+    from jaxserve.engine.sampling_params import SamplingParams
+    from tests.step.harness import make_request
+
+    draws = np.random.default_rng(0)
+    requests = []
+    for number in range(count):
+        prompt = tuple(draws.integers(0, vocab_size - 7, (1, 30, 9, 44, 17)[number % 5]).tolist())
+        sampling = SamplingParams(
+            temperature=0.9 * (number % 2),
+            top_p=(1.0, 0.9)[number % 3 == 1],
+            repetition_penalty=(1.0, 1.2)[number % 4 == 2],
+            seed=number + 1,
+            max_tokens=10,
+            ignore_eos=True,
+            logprobs=1,
+        )
+        requests.append(make_request(f"r{number}", prompt, sampling, max_model_len=64))
+    return requests
+
+
+def _run(executor: Any, scheduler: Any, requests: list[Any]) -> dict[str, Any]:
+    streams: dict[str, tuple[list[int], list[float]]] = {}
+    for request in requests:
+        streams[request.request_id] = ([], [])
+        scheduler.add(request)
+    while scheduler.has_work:
+        while executor.can_accept() and (plan := scheduler.plan(0.0)) is not None:
+            executor.submit(plan)
+        plan, results = executor.next_completion()
+        for update in scheduler.commit(plan, results, 0.0):
+            tokens, logprobs = streams[update.request.request_id]
+            tokens += update.token_ids
+            logprobs += [entry.logprob for entry in update.logprobs]
+    scheduler.check_integrity()
+    return streams
+
+
+def _largest_part(params: Any) -> float:
+    """The largest share of any matrix that one device holds."""
+    import jax
+
+    matrices = [leaf for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2]
+    return max(leaf.addressable_shards[0].data.size / leaf.size for leaf in matrices)
+
+
+def _idle(executor: Any) -> dict[str, Any]:
+    from jaxserve.engine.pipeline_executor import PipelineExecutor
+
+    if not isinstance(executor, PipelineExecutor):
+        return {}
+    stats = executor.stats
+    return {
+        "idle_rows_per_micro_batch": stats.idle_rows_per_micro_batch,
+        "idle_share": stats.num_idle_rows / stats.num_stage_rows,
+        "num_ticks": stats.num_ticks,
+        "num_micro_batches": stats.num_micro_batches,
+        "num_empty_stages": stats.num_empty_stages,
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

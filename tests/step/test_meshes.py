@@ -1,0 +1,129 @@
+"""Steps on meshes of virtual devices: the tokens of one device, its bits where they are promised.
+
+Promised are the bits of one device on every mesh with tensor=1, and those of tensor=T alone on
+every mesh with tensor=T. Sums over T parts round differently than one sum.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+LOGPROB_TOLERANCE = 1e-5
+"""Of float32 sums in another order, as for the goldens."""
+
+FAST = {
+    "one": {},
+    "data=2,stage=2": {"mesh": "data=2,stage=2"},
+    "tensor=8": {"mesh": "tensor=8"},
+}
+LONG_MESHES = ("data=2", "tensor=2", "tensor=4", "stage=4", "data=2,stage=2,tensor=2")
+
+
+def run(cases: dict[str, dict[str, Any]], cache_dir: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.step.mesh_runs", str(cache_dir), json.dumps(cases)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+def assert_same_tokens(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["tokens"] == wanted["tokens"]
+    for name, logprobs in wanted["logprobs"].items():
+        np.testing.assert_allclose(
+            found["logprobs"][name], logprobs, rtol=0, atol=LOGPROB_TOLERANCE
+        )
+
+
+def assert_same_bits(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["tokens"] == wanted["tokens"]
+    assert found["logprobs"] == wanted["logprobs"]
+
+
+@pytest.fixture(scope="module")
+def fast(compilation_cache: Path) -> dict[str, Any]:
+    return run(FAST, compilation_cache)
+
+
+def test_replicas_and_stages_give_the_bits_of_one_device(fast: dict[str, Any]) -> None:
+    assert_same_bits(fast["data=2,stage=2"], fast["one"])
+
+
+def test_parts_of_a_layer_give_the_tokens_of_one_device(fast: dict[str, Any]) -> None:
+    # More devices than KV heads, which are copied.
+    assert_same_tokens(fast["tensor=8"], fast["one"])
+    assert fast["tensor=8"]["largest_part"] == 1 / 8
+
+
+def test_nothing_compiles_when_a_mesh_serves(fast: dict[str, Any]) -> None:
+    assert {name: result["compiles"] for name, result in fast.items()} == dict.fromkeys(FAST, 0)
+
+
+@pytest.mark.long
+def test_every_mesh_gives_the_same_tokens(compilation_cache: Path) -> None:
+    cases = {mesh: {"mesh": mesh} for mesh in ("tensor=1", *LONG_MESHES)}
+    results = run(cases, compilation_cache)
+    for mesh in LONG_MESHES:
+        assert_same_tokens(results[mesh], results["tensor=1"])
+        assert results[mesh]["compiles"] == 0
+    for mesh in ("data=2", "stage=4"):
+        assert_same_bits(results[mesh], results["tensor=1"])
+    assert_same_bits(results["data=2,stage=2,tensor=2"], results["tensor=2"])
+
+
+@pytest.mark.long
+def test_every_kind_of_layer_and_format_can_be_divided(compilation_cache: Path) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"model": "gemma3"},  # Layers that differ.
+        {"model": "gpt2"},  # Learned positions, fused projections with biases.
+        {"model": "falcon_7b"},  # One KV head, beside which the MLP runs.
+        {"model": "phi3"},
+        {"model": "qwen3_moe"},
+        {"model": "mixtral"},
+        {"model": "tied", "quantization": "int8"},
+    ]
+    cases = {}
+    for number, kind in enumerate(kinds):
+        cases[f"{number} whole"] = kind
+        cases[f"{number} divided"] = {**kind, "mesh": "stage=2,tensor=2"}
+    results = run(cases, compilation_cache)
+    for number, kind in enumerate(kinds):
+        divided = results[f"{number} divided"]
+        assert_same_tokens(divided, results[f"{number} whole"])
+        assert divided["compiles"] == 0, kind
+        assert divided["largest_part"] == 1 / 4, kind
+
+
+@pytest.mark.long
+def test_uniform_chunks_leave_stages_idle_for_a_third_of_orcas_time(
+    compilation_cache: Path,
+) -> None:
+    common = {
+        "mesh": "stage=4",
+        "buckets": (8, 64),
+        "num_requests": 40,
+        "max_num_seqs": 8,
+        "num_pages": 200,
+    }
+    results = run(
+        {
+            "uniform": {**common, "policy": "sarathi", "token_budget": 8},
+            "orca": {**common, "policy": "orca"},
+        },
+        compilation_cache,
+    )
+    uniform, orca = results["uniform"], results["orca"]
+    assert uniform["tokens"].keys() == orca["tokens"].keys()
+    assert uniform["idle_rows_per_micro_batch"] <= orca["idle_rows_per_micro_batch"] / 3

@@ -199,7 +199,7 @@ def _complete_file(
     completions = complete_in_order(
         engine,
         (record.request for record in good),
-        max_ahead=_AHEAD_PER_SEQUENCE * running.report.settings.scheduler.max_num_seqs,
+        max_ahead=_AHEAD_PER_SEQUENCE * running.report.settings.num_seqs,
     )
     failed = []
     with _progress(len(records)) as advance:

@@ -52,7 +52,7 @@ def _settings_table(report: StartupReport) -> Table:
         "policy": scheduler.policy,
         "token budget": str(scheduler.token_budget),
         "buckets": ", ".join(map(str, scheduler.buckets)),
-        "requests at once": str(scheduler.max_num_seqs),
+        "requests at once": str(settings.num_seqs),
         "context": f"{scheduler.max_model_len} tokens",
         "queue": f"{scheduler.max_queued_requests} requests, "
         f"{scheduler.max_queued_tokens} prompt tokens",

@@ -76,6 +76,11 @@ class EngineSettings:
     def mesh(self) -> MeshShape:
         return ONE_DEVICE if self.sharding is None else self.sharding.shape
 
+    @property
+    def num_seqs(self) -> int:
+        """Requests that run at once, in all replicas."""
+        return self.scheduler.max_num_seqs * self.mesh.data
+
     def abstract_params(self) -> Params:
         """The weights as they are served, as `jax.ShapeDtypeStruct`."""
         return _served_shapes(self.model_config, self.dtype, self.quantization, self.sharding)

@@ -143,7 +143,7 @@ def _bench(
     as_json: bool,
 ) -> None:
     with local_engine(engine_config) as running:
-        concurrency = concurrency or running.report.settings.scheduler.max_num_seqs
+        concurrency = concurrency or running.report.settings.num_seqs
         prompt_ids = (
             _random_prompts(running, num_requests + _NUM_WARM_UP_REQUESTS, input_len, seed)
             if prompts is None

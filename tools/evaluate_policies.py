@@ -1,6 +1,7 @@
 """Latency of the scheduling policies in the real engine: SL1 to SL6 and SL8 on this machine.
 
-    python tools/evaluate_policies.py [--only sl1,sl6] [--model FOLDER] [--wait-s N] [--json]
+    python tools/evaluate_policies.py [--only sl1,sl6] [--operating-point cpu|gpu]
+        [--engine-cores N] [--model FOLDER] [--wait-s N] [--json]
 
 The same engine, model and load; only the policy differs. Each part takes one
 to three minutes and ends as pass, fail or void. Void says that the machine was
@@ -16,10 +17,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.policy_evaluation.budget_control import TOKEN_BUDGETS, objective_keeps
+from tools.policy_evaluation.budget_control import objective_keeps
 from tools.policy_evaluation.capacity import socket_capacity
-from tools.policy_evaluation.model import write_model
+from tools.policy_evaluation.operating_point import CPU, OPERATING_POINTS
 from tools.policy_evaluation.piggyback import marginal_decode_cost
+from tools.policy_evaluation.placement import place_engine
 from tools.policy_evaluation.rig import Rig, make_rig
 from tools.policy_evaluation.simulated import simulator_accuracy
 from tools.policy_evaluation.slack import slack_throughput
@@ -40,7 +42,12 @@ PARTS: dict[str, Callable[[Rig], Outcome]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--operating-point", choices=OPERATING_POINTS, default=CPU.name)
+    parser.add_argument(
+        "--engine-cores", type=int, help="cores for steps alone (the operating point's number)"
+    )
     parser.add_argument("--model", type=Path, help="where to keep the random model")
+    parser.add_argument("--cache", type=Path, help="of compiled programs (the engine's own)")
     parser.add_argument(
         "--wait-s", type=float, default=0.0, help="longest wait for a quiet machine before a part"
     )
@@ -49,12 +56,17 @@ def main() -> None:
     names = args.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(unknown)}")
+    point = OPERATING_POINTS[args.operating_point]
+    try:
+        placement = place_engine(args.engine_cores or point.num_engine_cores)
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
-        rig = make_rig(write_model(args.model or Path(scratch) / "model"), TOKEN_BUDGETS)
+        rig = make_rig(point, placement, args.model or Path(scratch) / "model", cache=args.cache)
         failed = False
         for name in names:
             if args.wait_s:
-                wait_until_quiet(args.wait_s)
+                wait_until_quiet(placement.all_cores, args.wait_s)
             outcome = PARTS[name](rig)
             failed |= outcome.verdict != "pass"
             if args.json:

@@ -15,13 +15,10 @@ from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.step_cost import FittedStepCost, fit_step_cost
 from jaxserve.engine.step_features import StepFeatures
 from jaxserve.errors import ConfigError
-from tools.policy_evaluation.model import CONTEXT
-from tools.policy_evaluation.rig import MAX_NUM_SEQS, Rig
+from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.streams import run_long_prompts
-from tools.policy_evaluation.verdict import LONG_PROMPT, Check, NoiseMeter, Outcome
+from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
 
-TOKEN_BUDGETS = (32, 64, 128, 256)
-NUM_STEADY = MAX_NUM_SEQS - 1
 STEADY_PROMPT = 300
 """At small budgets the first streams are far ahead when the last one starts;
 all of them then run around half of the context, which sizing assumes."""
@@ -37,8 +34,8 @@ def objective_keeps(rig: Rig, *, num_prompts: int = 2) -> Outcome:
     cost = fit_step_cost(measure_steps(_config(rig), rig.executor, limit_s=PROFILE_S))
     checks: list[Check] = []
     figures: list[dict[str, float]] = []
-    for rows, larger in pairwise(TOKEN_BUDGETS):
-        slo_s = SLACK * _predicted_s(cost, rows) / TBT_MARGIN
+    for rows, larger in pairwise(rig.point.control_budgets):
+        slo_s = SLACK * _predicted_s(rig, cost, rows) / TBT_MARGIN
         chosen = _sized(rig, slo_s)
         kept_s = _tbt_p99_s(rig, rows, cost, num_prompts)
         broken_s = _tbt_p99_s(rig, larger, cost, num_prompts)
@@ -62,7 +59,7 @@ def objective_keeps(rig: Rig, *, num_prompts: int = 2) -> Outcome:
 
 
 def _config(rig: Rig) -> SchedulerConfig:
-    return rig.scheduler_config("sarathi", TOKEN_BUDGETS[-1])
+    return rig.scheduler_config("sarathi", rig.point.control_budgets[-1])
 
 
 def _sized(rig: Rig, slo_s: float) -> int:
@@ -80,21 +77,22 @@ def _sized(rig: Rig, slo_s: float) -> int:
     return sized.scheduler.token_budget
 
 
-def _predicted_s(cost: FittedStepCost, num_rows: int) -> float:
+def _predicted_s(rig: Rig, cost: FittedStepCost, num_rows: int) -> float:
     """Sizing's own full step: every slot decodes at half of the context."""
-    half = CONTEXT // 2
-    step = StepFeatures.of_hybrid(MAX_NUM_SEQS, half, num_rows - MAX_NUM_SEQS, half)
+    half, num_slots = rig.point.context // 2, rig.point.max_num_seqs
+    step = StepFeatures.of_hybrid(num_slots, half, num_rows - num_slots, half)
     return cost.predict_s(step)
 
 
 def _tbt_p99_s(rig: Rig, token_budget: int, cost: FittedStepCost, num_prompts: int) -> float:
-    prefill_s = LONG_PROMPT / (token_budget - NUM_STEADY) * _predicted_s(cost, token_budget)
+    num_steady, prompt_len = rig.point.max_num_seqs - 1, rig.point.long_prompt
+    prefill_s = prompt_len / (token_budget - num_steady) * _predicted_s(rig, cost, token_budget)
     with rig.engine("sarathi", token_budget=token_budget) as engine:
         run = run_long_prompts(
             engine,
-            num_steady=NUM_STEADY,
+            num_steady=num_steady,
             steady_prompt=STEADY_PROMPT,
-            prompt_len=LONG_PROMPT,
+            prompt_len=prompt_len,
             period_s=1.3 * prefill_s,
             num_prompts=num_prompts,
         )

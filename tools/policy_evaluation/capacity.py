@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,13 @@ from jaxserve.loadgen.records import LoadRecord
 from jaxserve.loadgen.schedule import LoadShape, make_schedule
 from jaxserve.loadgen.server_process import own_server
 from jaxserve.simulator.arrivals import ArrivalProcess
-from tools.policy_evaluation.model import CONTEXT
-from tools.policy_evaluation.rig import MAX_NUM_SEQS, POOL_BYTES, TOKEN_BUDGET, Rig
+from tools.policy_evaluation.open_loop import saturated_qps
+from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
 
 MAX_DELAY_S = 2.0
-START_QPS = 2.0
+START_LOAD = 0.6
+"""First rate, as a share of what full steps of the token budget compute."""
 FACTOR = 1.3
 MAX_PROBES = 6
 
@@ -38,24 +41,32 @@ class SocketProbe:
 
 def socket_capacity(rig: Rig, *, num_requests: int = 48, seed: int = 1) -> Outcome:
     """SL3. `jaxserve serve` with one flag changed; ShareGPT lengths scaled to the context."""
+    if not rig.point.is_file:
+        raise ValueError(
+            f"operating point {rig.point.name} has no model file to serve: leave out sl3"
+        )
     meter = NoiseMeter(rig)
     meter.sample()
     slo_s = 5 * meter.median_s("decode")
+    point = rig.point
+    first_qps = START_LOAD * saturated_qps(
+        point.context, point.token_budget, meter.median_s("full")
+    )
     capacity: dict[str, float] = {}
     probes: dict[str, list[SocketProbe]] = {}
     for policy in ("sarathi", "vllm_v0"):
         config = EngineConfig(
-            model=str(rig.source.path),
-            dtype="float32",
+            model=str(rig.model),
+            dtype=rig.point.dtype,
             policy=policy,
-            token_budget=TOKEN_BUDGET,
-            max_num_seqs=MAX_NUM_SEQS,
-            max_model_len=CONTEXT,
-            kv_cache_bytes=POOL_BYTES,
+            token_budget=rig.point.token_budget,
+            max_num_seqs=rig.point.max_num_seqs,
+            max_model_len=rig.point.context,
+            kv_cache_bytes=rig.point.pool_bytes,
             prefix_caching=False,
         )
-        start_qps = capacity.get("sarathi", START_QPS * 2) / 2 or START_QPS / 8
-        with own_server(config) as address:
+        start_qps = capacity.get("sarathi", first_qps * 2) / 2 or first_qps / 8
+        with _placed_server(rig, config) as address:
             capacity[policy], probes[policy] = _search(
                 address, slo_s, start_qps, num_requests, seed
             )
@@ -76,6 +87,15 @@ def socket_capacity(rig: Rig, *, num_requests: int = 48, seed: int = 1) -> Outco
         meter.noise(),
         voids,
     )
+
+
+@contextmanager
+def _placed_server(rig: Rig, config: EngineConfig) -> Iterator[str]:
+    """The whole server on the engine's cores, the load generator on the others."""
+    with ExitStack() as stack:
+        with rig.placement.on_engine_cores():
+            address = stack.enter_context(own_server(config))
+        yield address
 
 
 def _search(

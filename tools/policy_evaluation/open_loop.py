@@ -13,13 +13,13 @@ from jaxserve.engine.request import ServiceObjective
 from jaxserve.simulator.arrivals import ArrivalProcess
 from jaxserve.simulator.run import SimRequest
 from jaxserve.simulator.workloads import Lengths, sample_lengths
-from tools.policy_evaluation.model import CONTEXT
 from tools.policy_evaluation.streams import TIMEOUT_S, TokenLog, make_request
 
 PUBLISHED_CONTEXT = 8192
 
 
 def chat_requests(
+    context: int,
     num_requests: int,
     qps: float,
     seed: int,
@@ -27,7 +27,7 @@ def chat_requests(
 ) -> list[SimRequest]:
     """ShareGPT lengths scaled to the context, Poisson arrivals; objectives in turn."""
     published = sample_lengths("sharegpt", num_requests, seed, max_model_len=PUBLISHED_CONTEXT)
-    factor = CONTEXT / PUBLISHED_CONTEXT
+    factor = context / PUBLISHED_CONTEXT
     times_s = ArrivalProcess().unit_times_s(num_requests, seed) / qps
     return [
         SimRequest(
@@ -37,6 +37,12 @@ def chat_requests(
         )
         for index, ((prompt, output), time_s) in enumerate(zip(published, times_s, strict=True))
     ]
+
+
+def saturated_qps(context: int, token_budget: int, step_s: float) -> float:
+    """Chat requests per second that full steps compute, each taking `step_s`."""
+    requests = chat_requests(context, 1000, 1.0, seed=1)
+    return token_budget / step_s / float(np.mean([sum(one.lengths) for one in requests]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tools.policy_evaluation.rig import TOKEN_BUDGET, Rig
+from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.steps import StepShape, time_steps
 from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
 
@@ -16,12 +16,11 @@ def marginal_decode_cost(rig: Rig, *, repeats: int = 60) -> Outcome:
     """SL6. Both hybrid and prefill-only steps have the token budget's rows."""
     meter = NoiseMeter(rig)
     meter.sample()
+    rows = rig.point.token_budget
     shapes = {
-        "decode": StepShape(NUM_DECODES, NUM_DECODES, CONTEXT),
-        "prefill": StepShape(TOKEN_BUDGET, 0, 0, TOKEN_BUDGET, CONTEXT),
-        "hybrid": StepShape(
-            TOKEN_BUDGET, NUM_DECODES, CONTEXT, TOKEN_BUDGET - NUM_DECODES, CONTEXT
-        ),
+        "decode": StepShape(min(rig.point.buckets), NUM_DECODES, CONTEXT),
+        "prefill": StepShape(rows, 0, 0, rows, CONTEXT),
+        "hybrid": StepShape(rows, NUM_DECODES, CONTEXT, rows - NUM_DECODES, CONTEXT),
     }
     seconds = time_steps(rig.executor, shapes, repeats)
     meter.sample()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,29 +20,29 @@ from jaxserve.engine.scheduler.scheduler import Scheduler
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.startup import build_executor
 from jaxserve.engine.step_log import CompletedStep, ObservedExecutor
-from models.loading import ModelSource, open_model
+from models.loading import open_model
 from models.tokenizer import Tokenizer
-from tools.policy_evaluation.model import CONTEXT
-
-TOKEN_BUDGET = 64
-MAX_NUM_SEQS = 20
-SMALL_BUCKETS = (4, 20)
-LARGE_BUCKETS = (256, 1024, 1360)
-"""For whole prompts: what `jaxserve serve` adds for policies that need them."""
-POOL_BYTES = 256 << 20
+from tools.policy_evaluation.model import device_params, model_config, write_model
+from tools.policy_evaluation.operating_point import OperatingPoint
+from tools.policy_evaluation.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
 class Rig:
     """The executor is compiled once, for every policy: only the scheduler differs."""
 
+    point: OperatingPoint
+    placement: Placement
+    model: Path
+    """The model's folder."""
     settings: EngineSettings
     executor: JaxExecutor
     tokenizer: Tokenizer
-    source: ModelSource
 
-    def scheduler_config(self, policy: str, token_budget: int = TOKEN_BUDGET) -> SchedulerConfig:
+    def scheduler_config(self, policy: str, token_budget: int | None = None) -> SchedulerConfig:
+        """`token_budget` is the operating point's by default."""
         config = self.settings.scheduler
+        token_budget = token_budget or self.point.token_budget
         if policy in ("sarathi", "slack"):
             # A step never takes a larger program than its budget needs.
             small = tuple(rows for rows in config.buckets if rows <= token_budget)
@@ -54,7 +54,7 @@ class Rig:
         self,
         policy: str,
         *,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
         budget: StepBudget | None = None,
         steps: list[CompletedStep] | None = None,
     ) -> Iterator[Engine]:
@@ -62,7 +62,7 @@ class Rig:
         scheduler = Scheduler(self.scheduler_config(policy, token_budget), budget=budget)
         log = [] if steps is None else steps
         observed = ObservedExecutor(self.executor, time.monotonic, log.append)
-        engine = Engine(scheduler, observed, self.tokenizer, self.source.config)
+        engine = Engine(scheduler, observed, self.tokenizer, self.settings.model_config)
         engine.start()
         try:
             yield engine
@@ -71,33 +71,37 @@ class Rig:
 
 
 def make_rig(
-    model: Path,
-    token_budgets: Sequence[int] = (TOKEN_BUDGET,),
-    *,
-    cache: Path | None = None,
+    point: OperatingPoint, placement: Placement, folder: Path, *, cache: Path | None = None
 ) -> Rig:
-    """Compiles the model for every token budget and for whole prompts.
+    """Writes the model to `folder` and compiles it for every bucket of the operating point.
 
     Args:
         cache: of compiled programs; the engine's own by default.
     """
-    source = open_model(model)
+    write_model(folder, point)
+    model = model_config(point)
+    largest = max(point.token_budgets)
     config = EngineConfig(
-        model=str(model),
-        dtype="float32",
-        max_num_seqs=MAX_NUM_SEQS,
-        max_model_len=CONTEXT,
-        token_budget=max(token_budgets),
-        buckets=(max(token_budgets),),
-        kv_cache_bytes=POOL_BYTES,
+        model=str(folder),
+        dtype=point.dtype,
+        max_num_seqs=point.max_num_seqs,
+        max_model_len=point.context,
+        token_budget=largest,
+        buckets=(largest,),
+        kv_cache_bytes=point.pool_bytes,
         prefix_caching=False,
         compilation_cache_dir=cache,
     )
-    settings = resolve_settings(config, source.config, jax.devices()[0])
-    buckets = tuple(sorted({*SMALL_BUCKETS, *token_budgets, *LARGE_BUCKETS}))
+    settings = resolve_settings(config, model, jax.devices()[0])
     settings = replace(
-        settings, scheduler=replace(settings.scheduler, buckets=buckets), one_bucket=False
+        settings,
+        scheduler=replace(settings.scheduler, buckets=point.buckets),
+        one_bucket=False,
     )
     use_compilation_cache(settings.cache_dir)
-    params = source.load_params(settings.dtype)
-    return Rig(settings, build_executor(settings, params), source.load_tokenizer(), source)
+    if point.is_file:
+        params = open_model(folder).load_params(settings.dtype)
+    else:
+        params = device_params(settings.model_config, settings.dtype)
+    executor = build_executor(settings, params)
+    return Rig(point, placement, folder, settings, executor, Tokenizer.from_folder(folder))

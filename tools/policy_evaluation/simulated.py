@@ -14,7 +14,7 @@ from jaxserve.simulator.cost_models.base import StageCost
 from jaxserve.simulator.fitting import fit_held_out
 from jaxserve.simulator.metrics import Latencies
 from jaxserve.simulator.run import SimEngine, simulate
-from tools.policy_evaluation.open_loop import LiveRun, chat_requests, run_live
+from tools.policy_evaluation.open_loop import LiveRun, chat_requests, run_live, saturated_qps
 from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
 
@@ -40,12 +40,18 @@ class EngineCostModel:
 
 
 def simulator_accuracy(
-    rig: Rig, *, num_requests: int = 80, qps: float = 1.5, seed: int = 2
+    rig: Rig, *, num_requests: int = 80, load: float = 0.45, seed: int = 2
 ) -> Outcome:
-    """SL8, with the accuracy of V12: the model is fitted to every second step."""
+    """SL8, with the accuracy of V12: the model is fitted to every second step.
+
+    Args:
+        load: the rate as a share of what full steps of the token budget compute.
+    """
     meter = NoiseMeter(rig)
     meter.sample()
-    requests = chat_requests(num_requests, qps, seed)
+    point = rig.point
+    qps = load * saturated_qps(point.context, point.token_budget, meter.median_s("full"))
+    requests = chat_requests(point.context, num_requests, qps, seed)
     checks: list[Check] = []
     figures: dict[str, Any] = {"qps": qps, "num_requests": num_requests}
     tbt_p99_ms: dict[str, dict[str, float]] = {"live": {}, "simulated": {}}

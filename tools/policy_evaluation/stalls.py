@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxserve.engine.step_log import CompletedStep
-from tools.policy_evaluation.rig import TOKEN_BUDGET, Rig
+from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.streams import TokenLog, make_request, run_long_prompts
-from tools.policy_evaluation.verdict import LONG_PROMPT, NUM_STEADY, Check, NoiseMeter, Outcome
+from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
 
 
 def long_prompt_arrival(rig: Rig, *, num_rounds: int = 2, num_prompts: int = 8) -> Outcome:
@@ -29,8 +29,8 @@ def long_prompt_arrival(rig: Rig, *, num_rounds: int = 2, num_prompts: int = 8) 
             with rig.engine(policy, steps=steps) as engine:
                 run = run_long_prompts(
                     engine,
-                    num_steady=NUM_STEADY,
-                    prompt_len=LONG_PROMPT,
+                    num_steady=rig.point.num_steady,
+                    prompt_len=rig.point.long_prompt,
                     period_s=period_s,
                     num_prompts=num_prompts,
                 )
@@ -55,7 +55,7 @@ def long_prompt_arrival(rig: Rig, *, num_rounds: int = 2, num_prompts: int = 8) 
         ),
         {
             "period_s": period_s,
-            "prompt_tokens": LONG_PROMPT,
+            "prompt_tokens": rig.point.long_prompt,
             "tbt_ms": figures,
             "max_rows_between_tokens": most_rows,
         }
@@ -89,7 +89,7 @@ def time_to_first_token_price(rig: Rig, *, repeats: int = 8, num_prompts: int = 
             with rig.engine(policy) as engine:
                 log = TokenLog()
                 start_s = time.monotonic()
-                engine.add(make_request("one", LONG_PROMPT, 1, seed=index), log)
+                engine.add(make_request("one", rig.point.long_prompt, 1, seed=index), log)
                 log.wait_finished(["one"])
                 found.append(log.token_s["one"][0] - start_s)
     meter.sample()
@@ -116,7 +116,8 @@ def time_to_first_token_price(rig: Rig, *, repeats: int = 8, num_prompts: int = 
 
 def chunked_prefill_s(meter: NoiseMeter) -> float:
     """A long prompt in chunks beside the steady decodes."""
-    return LONG_PROMPT / (TOKEN_BUDGET - NUM_STEADY) * meter.median_s("full")
+    point = meter.rig.point
+    return point.long_prompt / (point.token_budget - point.num_steady) * meter.median_s("full")
 
 
 def _decode_steps(rig: Rig, meter: NoiseMeter, num_prompts: int) -> tuple[float, float]:
@@ -125,14 +126,14 @@ def _decode_steps(rig: Rig, meter: NoiseMeter, num_prompts: int) -> tuple[float,
     with rig.engine("sarathi", steps=steps) as engine:
         run = run_long_prompts(
             engine,
-            num_steady=NUM_STEADY,
-            prompt_len=LONG_PROMPT,
+            num_steady=rig.point.num_steady,
+            prompt_len=rig.point.long_prompt,
             period_s=1.8 * chunked_prefill_s(meter),
             num_prompts=num_prompts,
             alone_tokens=100,
         )
     start_s, end_s = run.quiet_s
-    full = [step for step in steps if len(step.plan.decodes) == NUM_STEADY]
+    full = [step for step in steps if len(step.plan.decodes) == rig.point.num_steady]
     decodes = [step for step in full if not step.plan.prefills]
     beside = [s.duration_s for s in decodes if start_s <= s.completed_s <= end_s]
     before = [s.duration_s for s in decodes if s.completed_s < start_s]

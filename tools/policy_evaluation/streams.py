@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.request import GenerationRequest, RequestOutput, ServiceObjective
 from jaxserve.engine.sampling_params import SamplingParams
-from tools.policy_evaluation.model import CONTEXT, VOCAB_SIZE
+from tools.policy_evaluation.operating_point import VOCAB_SIZE
 
 STEADY_PROMPT = 16
 TIMEOUT_S = 120.0
@@ -90,7 +90,9 @@ def start_steady(
     """Streams that go on for longer than any run; returns when all decode."""
     names = [f"steady-{index}" for index in range(num_streams)]
     for index, name in enumerate(names):
-        engine.add(make_request(name, prompt_len, CONTEXT - prompt_len, seed=index), log)
+        engine.add(
+            make_request(name, prompt_len, engine.max_model_len - prompt_len, seed=index), log
+        )
     log.wait_for_tokens(names, 3)
     return names
 

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import psutil
 
-from tools.policy_evaluation.rig import MAX_NUM_SEQS, TOKEN_BUDGET, Rig
+from tools.policy_evaluation.operating_point import OperatingPoint
+from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.steps import StepShape, time_steps
 
 MAX_SPREAD = 0.25
 """(P90 - P10) / P50 of the calibration loop; above it nothing is concluded."""
 MAX_FOREIGN_SHARE = 0.10
-"""CPU time of other programs, as a share of all cores."""
-NUM_STEADY = 16
-LONG_PROMPT = 1312
-"""20 token budgets and a half."""
+"""CPU time of other programs, as a share of the cores that are ours."""
+STEADY_CONTEXT = 400
+"""Tokens of a steady decode, where reference steps are timed."""
 
-FULL_STEP = StepShape(TOKEN_BUDGET, NUM_STEADY, 400, TOKEN_BUDGET - NUM_STEADY, LONG_PROMPT // 2)
-"""A step of the whole token budget, in the middle of a long prompt."""
-WHOLE_STEP = StepShape(1360, chunk_tokens=LONG_PROMPT)
-DECODE_STEP = StepShape(MAX_NUM_SEQS, NUM_STEADY, 400)
+
+def reference_steps(point: OperatingPoint) -> Mapping[str, StepShape]:
+    """A step of the whole token budget in the middle of a long prompt, one of the steady
+    decodes alone, and a whole long prompt."""
+    budget, steady = point.token_budget, point.num_steady
+    return {
+        "full": StepShape(budget, steady, STEADY_CONTEXT, budget - steady, point.long_prompt // 2),
+        "decode": StepShape(
+            min(rows for rows in point.buckets if rows >= steady), steady, STEADY_CONTEXT
+        ),
+        "whole": StepShape(max(point.buckets), chunk_tokens=point.long_prompt),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +100,15 @@ class Outcome:
         }
 
 
-def cpu_times_s() -> tuple[float, float]:
-    """CPU seconds of the whole machine, and of this process and its children."""
-    machine = psutil.cpu_times()
-    busy_s = machine.user + machine.nice + machine.system
+def cpu_times_s(cores: Collection[int] | None = None) -> tuple[float, float]:
+    """CPU seconds of `cores` (or all), and of this process and its children.
+
+    What a hypervisor took from a core counts as seconds of the core.
+    """
+    busy_s = 0.0
+    for number, core in enumerate(psutil.cpu_times(percpu=True)):
+        if cores is None or number in cores:
+            busy_s += core.user + core.nice + core.system + core.steal
     own_s = 0.0
     process = psutil.Process()
     for one in (process, *process.children(recursive=True)):
@@ -106,17 +119,21 @@ def cpu_times_s() -> tuple[float, float]:
     return busy_s, own_s
 
 
-def wait_until_quiet(timeout_s: float, *, windows: int = 3, window_s: float = 2.0) -> bool:
+def wait_until_quiet(
+    cores: Collection[int], timeout_s: float, *, windows: int = 3, window_s: float = 2.0
+) -> bool:
     """Until other programs are below the limit for some seconds; False if they never are."""
     end_s = time.monotonic() + timeout_s
     num_quiet = 0
     while num_quiet < windows:
         if time.monotonic() > end_s:
             return False
-        before = cpu_times_s()
+        before = cpu_times_s(cores)
         time.sleep(window_s)
-        machine_s, own_s = (now - then for now, then in zip(cpu_times_s(), before, strict=True))
-        share = max(0.0, machine_s - own_s) / (window_s * (psutil.cpu_count() or 1))
+        machine_s, own_s = (
+            now - then for now, then in zip(cpu_times_s(cores), before, strict=True)
+        )
+        share = max(0.0, machine_s - own_s) / (window_s * len(cores))
         num_quiet = num_quiet + 1 if share <= MAX_FOREIGN_SHARE else 0
     return True
 
@@ -131,30 +148,39 @@ class NoiseMeter:
 
     rig: Rig
     _seconds: dict[str, list[float]] = field(default_factory=dict)
+    _full_ms: list[float] = field(default_factory=list)
     _start_s: float = field(default_factory=time.monotonic)
-    _start_cpu: tuple[float, float] = field(default_factory=cpu_times_s)
+    _start_cpu: tuple[float, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._start_cpu = cpu_times_s(self.rig.placement.all_cores)
 
     def sample(self, repeats: int = 12) -> None:
-        shapes = {"full": FULL_STEP, "decode": DECODE_STEP}
-        for name, seconds in time_steps(self.rig.executor, shapes, repeats).items():
-            self._seconds.setdefault(name, []).extend(seconds.tolist())
-        whole = time_steps(self.rig.executor, {"whole": WHOLE_STEP}, 2)["whole"]
-        self._seconds.setdefault("whole", []).extend(whole.tolist())
+        steps = dict(reference_steps(self.rig.point))
+        whole = {"whole": steps.pop("whole")}
+        for shapes, times in ((steps, repeats), (whole, 2)):
+            for name, seconds in time_steps(self.rig.executor, shapes, times).items():
+                self._seconds.setdefault(name, []).extend(seconds.tolist())
+                if name == "full":
+                    self._full_ms.append(1e3 * float(np.median(seconds)))
 
     def median_s(self, name: str) -> float:
         return float(np.median(self._seconds[name]))
 
     def noise(self) -> Noise:
         low, middle, high = np.percentile(self._seconds["full"], (10, 50, 90))
+        cores = self.rig.placement.all_cores
         machine_s, own_s = (
-            now - before for now, before in zip(cpu_times_s(), self._start_cpu, strict=True)
+            now - before for now, before in zip(cpu_times_s(cores), self._start_cpu, strict=True)
         )
-        capacity_s = (time.monotonic() - self._start_s) * (psutil.cpu_count() or 1)
+        capacity_s = (time.monotonic() - self._start_s) * len(cores)
         return Noise(
             calibration_spread=float((high - low) / middle),
             foreign_cpu_share=max(0.0, machine_s - own_s) / capacity_s,
             load_average=os.getloadavg()[0],
         )
 
-    def reference_ms(self) -> dict[str, float]:
-        return {f"{name}_step_ms": 1e3 * self.median_s(name) for name in self._seconds}
+    def reference_ms(self) -> dict[str, Any]:
+        """Medians of all samples, and of the full step sample by sample."""
+        medians = {f"{name}_step_ms": 1e3 * self.median_s(name) for name in self._seconds}
+        return medians | {"full_step_ms_by_sample": self._full_ms}

@@ -1,0 +1,51 @@
+"""Steps run on their own cores, whatever thread asks for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tools.policy_evaluation.placement import place_engine
+
+PROGRAM = """
+import os, threading
+from pathlib import Path
+import jax, jax.numpy as jnp
+from tools.policy_evaluation.placement import place_engine
+
+def ticks():
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        cores = frozenset(os.sched_getaffinity(int(task.name)))
+        found[cores] = found.get(cores, 0) + int(fields[11]) + int(fields[12])
+    return found
+
+placement = place_engine(1)
+assert os.sched_getaffinity(0) == placement.other_cores
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 60, lambda _, y: y @ x / 700, x))
+x = jnp.ones((700, 700))
+step(x).block_until_ready()
+before = ticks()
+thread = threading.Thread(target=lambda: step(x).block_until_ready())
+thread.start()
+thread.join()
+spent = {cores: now - before.get(cores, 0) for cores, now in ticks().items()}
+engine = spent.pop(placement.engine_cores)
+assert engine > 10 * (1 + sum(spent.values())), (engine, spent)
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each side")
+def test_steps_run_on_the_cores_that_they_were_given() -> None:
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=120)
+
+
+def test_somebody_must_be_left_to_run_the_rest() -> None:
+    cores = os.sched_getaffinity(0)
+    with pytest.raises(ValueError, match="--engine-cores"):
+        place_engine(len(cores))
+    assert os.sched_getaffinity(0) == cores

@@ -1,4 +1,4 @@
-"""`jaxserve serve`: a model behind gRPC, with metrics on HTTP."""
+"""`jaxserve serve`: a model behind gRPC and an OpenAI-compatible HTTP API."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ app = typer.Typer(add_completion=False)
 
 _SERVER = "Server"
 _GROUP = "Several processes"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @app.command()
@@ -52,10 +51,19 @@ def serve(
     http_port: Annotated[
         int,
         typer.Option(
-            help="Port of /metrics (Prometheus) and /health; 0 picks a free one.",
+            help="Port of the OpenAI-compatible API, /metrics (Prometheus) and /health; 0 picks "
+            "a free one.",
             rich_help_panel=_SERVER,
         ),
     ] = 8000,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name under which a gateway on this machine reaches the HTTP port; may be given "
+            "again. Others are refused, so that no web page can lead a browser here.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     drain_timeout_s: Annotated[
         float,
         typer.Option(
@@ -129,7 +137,7 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve a model over gRPC: text generation, or embeddings if it is an encoder.
+    """Serve a model over gRPC and HTTP: text generation, or embeddings if it is an encoder.
 
     Prints `READY grpc=HOST:PORT http=HOST:PORT` on stdout once requests are
     served; until then health says NOT_SERVING. SIGTERM drains: no new
@@ -145,13 +153,14 @@ def serve(
     # Imported late: `--help` must not wait for jax.
     from rich.console import Console
 
-    from jaxserve.server.config import ServerConfig
+    from jaxserve.server.config import LOOPBACK_HOSTS, ServerConfig
 
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     server_config = ServerConfig(
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,
+        allowed_hosts=tuple(allowed_host or ()),
         reflection=reflection,
         drain_timeout_s=drain_timeout_s,
     )
@@ -166,7 +175,7 @@ def serve(
         raise ConfigError("--watch does not work with several processes yet: leave one out")
     if group is not None and group.process_id != LEADER_ID:
         run_follower(group, engine_config, console)
-    if host not in _LOOPBACK:
+    if host not in LOOPBACK_HOSTS:
         console.print(f"warning: {host} may be reached by others; requests are not authenticated")
 
     def run(seat: LeaderSeat | None) -> int:

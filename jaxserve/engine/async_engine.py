@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from jaxserve.engine.engine_core import EngineCore
@@ -19,8 +20,9 @@ class _Stream:
     """What has come in for one request and has not been read."""
 
     request: Request
+    arrived: asyncio.Event
+    """Set when an output comes in; streams with one reader share it."""
     outputs: deque[RequestOutput] = field(default_factory=deque)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
     num_tokens: int = 0
     too_slow: bool = False
     lost: EngineLost | None = None
@@ -36,6 +38,9 @@ class _Stream:
                 raise self.lost
             self.arrived.clear()
             await self.arrived.wait()
+        return self.pop()
+
+    def pop(self) -> RequestOutput:
         output = self.outputs.popleft()
         self.num_tokens -= len(output.token_ids)
         return output
@@ -83,11 +88,7 @@ class AsyncEngine:
         try:
             while not finished:
                 output = await stream.get()
-                if stream.too_slow:
-                    raise StreamTooSlow(
-                        f"{self._max_backlog_tokens} tokens were waiting to be read: read the "
-                        "stream faster"
-                    )
+                self._check_pace(stream)
                 finished = output.finish_reason is not None
                 yield output
         finally:
@@ -95,6 +96,42 @@ class AsyncEngine:
                 # Not by its id: the request may have ended, unread, and
                 # another one may have the id by now.
                 self.engine.cancel(stream.request)
+
+    @contextmanager
+    def open(
+        self, requests: Sequence[GenerationRequest]
+    ) -> Iterator[AsyncIterator[tuple[int, RequestOutput]]]:
+        """Starts several requests for one reader: all are taken or none.
+
+        Gives their outputs as they come, each with the index of its request, until every
+        request has had its last one. Leaving the context aborts those that have not.
+        Raises InvalidRequest, QueueFull or NotAccepting; the outputs raise StreamTooSlow.
+        """
+        arrived = asyncio.Event()
+        streams: list[_Stream] = []
+        try:
+            for request in requests:
+                # Not a comprehension: after a refusal, those before it are cancelled.
+                streams.append(self._open(request, arrived))  # noqa: PERF401
+            yield self._merge(streams, arrived)
+        finally:
+            for stream in streams:
+                self.engine.cancel(stream.request)
+
+    async def _merge(
+        self, streams: Sequence[_Stream], arrived: asyncio.Event
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+        unfinished = dict(enumerate(streams))
+        while unfinished:
+            await arrived.wait()
+            arrived.clear()
+            for index, stream in tuple(unfinished.items()):
+                while stream.outputs:
+                    output = stream.pop()
+                    self._check_pace(stream)
+                    if output.finish_reason is not None:
+                        del unfinished[index]
+                    yield index, output
 
     async def complete_all(self, requests: Sequence[GenerationRequest]) -> list[RequestOutput]:
         """The outputs, in order, of requests that have a single one: an encoder's.
@@ -112,14 +149,21 @@ class AsyncEngine:
             for stream in streams:
                 self.engine.cancel(stream.request)
 
-    def _open(self, request: GenerationRequest) -> _Stream:
+    def _check_pace(self, stream: _Stream) -> None:
+        if stream.too_slow:
+            raise StreamTooSlow(
+                f"{self._max_backlog_tokens} tokens were waiting to be read: read the stream faster"
+            )
+
+    def _open(self, request: GenerationRequest, arrived: asyncio.Event | None = None) -> _Stream:
         """Hands a request to the engine and keeps its stream."""
         if request.request_id in self._streams:
             raise InvalidRequest(
                 "request_id", "a request with this id is running: choose another id"
             )
         # Outputs are dispatched by this loop, so none is missed here.
-        stream = _Stream(self.engine.add(request, self._sink))
+        record = self.engine.add(request, self._sink)
+        stream = _Stream(record, arrived or asyncio.Event())
         self._streams[request.request_id] = stream
         return stream
 

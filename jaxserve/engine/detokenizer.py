@@ -11,7 +11,7 @@ import codecs
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from tokenizers import decoders
+from models.token_bytes import TokenBytes, is_byte_level
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
@@ -42,11 +42,7 @@ class DetokenizerFactory:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._token_bytes = (
-            _TokenBytes(tokenizer)
-            if isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
-            else None
-        )
+        self._token_bytes = TokenBytes(tokenizer) if is_byte_level(tokenizer) else None
 
     def create(
         self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
@@ -58,44 +54,10 @@ class DetokenizerFactory:
         return WindowDetokenizer(self._tokenizer, context, skip_special_tokens)
 
 
-def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: the printable
-    Latin-1 ones stand for themselves, the others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if chr(byte) not in table)
-    return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-class _TokenBytes:
-    """Token id -> bytes of a byte-level vocabulary, filled as ids turn up."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = tokenizer.backend
-        self._byte_of_character = _byte_of_character()
-        self._bytes_of_id: dict[int, bytes] = {}
-        self.special_token_ids = tokenizer.special_token_ids
-
-    def __getitem__(self, token_id: int) -> bytes:
-        known = self._bytes_of_id.get(token_id)
-        if known is None:
-            known = self._bytes_of_id[token_id] = self._look_up(token_id)
-        return known
-
-    def _look_up(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id)
-        if token is None:  # A padded vocabulary has ids without a token.
-            return b""
-        try:
-            return bytes(self._byte_of_character[character] for character in token)
-        except KeyError:  # An added token holds plain text.
-            return token.encode()
-
-
 class ByteLevelDetokenizer:
     """For byte-level BPE, where a token is a byte string: exact, O(1) a token."""
 
-    def __init__(self, token_bytes: _TokenBytes, skip_special_tokens: bool) -> None:
+    def __init__(self, token_bytes: TokenBytes, skip_special_tokens: bool) -> None:
         self._token_bytes = token_bytes
         self._skipped = token_bytes.special_token_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxserve.errors import ConfigError
 
 MIB = 1 << 20
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,19 +20,29 @@ class ServerConfig:
     grpc_port: int = 50051
     """0 picks a free port."""
     http_port: int = 8000
-    """Of `/metrics` and `/health`; 0 picks a free port."""
+    """Of the OpenAI-compatible API, `/metrics` and `/health`; 0 picks a free port."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the HTTP Host header may have beside the loopback's and `host`.
+    On another interface than the loopback any name may, unless some are given."""
     reflection: bool = False
     """Let clients such as grpcurl list the methods."""
     drain_timeout_s: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
     max_message_bytes: int = 4 * MIB
-    """Of a message that a client sends."""
+    """Of a message that a client sends, or the body of its HTTP request."""
     max_metadata_bytes: int = 8 << 10
+    """Of a call, or the head of an HTTP request."""
     max_concurrent_streams: int = 2048
     """Calls at once on one connection. Above the engine's slots and queue, so
     that overload is answered by the queue's own status."""
     max_concurrent_calls: int = 4096
-    """Calls at once on all connections."""
+    """Calls at once on all connections, and HTTP connections at once."""
+    http_head_timeout_s: float = 10.0
+    """For the head of an HTTP request to come."""
+    http_body_timeout_s: float = 30.0
+    """For its body."""
+    http_stall_timeout_s: float = 60.0
+    """An HTTP client that takes nothing of its reply for so long is cut off."""
     max_connection_age_s: float | None = None
     """Close connections after this time, so that clients balance anew."""
     degraded_after_s: float = 60.0

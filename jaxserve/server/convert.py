@@ -7,7 +7,6 @@ a setting has the same name in both, so the descriptors are the only table.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,16 +23,11 @@ from jaxserve.engine.sampling_params import (
 )
 from jaxserve.errors import InvalidRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
+from jaxserve.server.prompt_limits import PromptLimits, at_most, check_cache_salt
 
 if TYPE_CHECKING:
     from jaxserve.engine.encoder.texts import EncodedText
 
-MAX_REQUEST_ID_CHARS = 128
-MAX_CACHE_SALT_BYTES = 256
-MAX_CHAT_MESSAGES = 1024
-MAX_ROLE_BYTES = 64
-MAX_EMBED_TEXTS = 512
-"""Keeps a reply below the 4 MiB that a gRPC client accepts by default."""
 PROMPT_LOGPROBS_A_MESSAGE = 2048
 """Keeps a reply well below the 4 MiB that a gRPC client accepts by default."""
 
@@ -52,26 +46,6 @@ _REASONS = {
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PromptLimits:
-    vocab_size: int
-    max_model_len: int
-    max_prompt_bytes: int
-    """Of text, before it is tokenised."""
-    max_texts: int = MAX_EMBED_TEXTS
-    """Of one Embed: no more than the queue could ever take."""
-
-    @classmethod
-    def of_model(
-        cls, vocab_size: int, max_model_len: int, max_queued_requests: int = MAX_EMBED_TEXTS
-    ) -> PromptLimits:
-        """A token of text rarely has more than 32 bytes; 1 MiB at most, so
-        that tokenising stays a matter of a second."""
-        max_prompt_bytes = min(1 << 20, max(64 << 10, 32 * max_model_len))
-        max_texts = min(MAX_EMBED_TEXTS, max_queued_requests)
-        return cls(vocab_size, max_model_len, max_prompt_bytes, max_texts)
 
 
 def generate_fields() -> list[str]:
@@ -110,21 +84,20 @@ def check_request(request: pb.GenerateRequest, limits: PromptLimits) -> None:
     Raises InvalidRequest naming the field.
     """
     ids = limits.max_model_len
-    _at_most("token_ids.ids", len(request.token_ids.ids), ids, "token ids")
-    _at_most("decoding.logit_bias", len(request.decoding.logit_bias), MAX_LOGIT_BIAS, "entries")
+    at_most("token_ids.ids", len(request.token_ids.ids), ids, "token ids")
+    at_most("decoding.logit_bias", len(request.decoding.logit_bias), MAX_LOGIT_BIAS, "entries")
     for name, values in (
         ("allowed_token_ids", request.decoding.allowed_token_ids.ids),
         ("bad_token_ids", request.decoding.bad_token_ids),
     ):
-        _at_most(f"decoding.{name}", len(values), limits.vocab_size, "entries")
-    _at_most("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS, "entries")
+        at_most(f"decoding.{name}", len(values), limits.vocab_size, "entries")
+    at_most("stopping.stop", len(request.stopping.stop), MAX_STOP_STRINGS, "entries")
     num_stop_ids = len(request.stopping.stop_token_ids)
-    _at_most("stopping.stop_token_ids", num_stop_ids, MAX_STOP_TOKEN_IDS, "entries")
+    at_most("stopping.stop_token_ids", num_stop_ids, MAX_STOP_TOKEN_IDS, "entries")
     for entry in request.decoding.logit_bias:
         if not (entry.HasField("token_id") and entry.HasField("bias")):
             raise InvalidRequest("decoding.logit_bias", "an entry needs a token_id and a bias")
-    salt = request.cache.cache_salt.encode()
-    _at_most("cache.cache_salt", len(salt), MAX_CACHE_SALT_BYTES, "bytes")
+    check_cache_salt("cache.cache_salt", request.cache.cache_salt)
     check_prompt(request, limits)
     refuse_unknown_fields(request)
 
@@ -133,9 +106,9 @@ def check_embed_request(request: pb.EmbedRequest, limits: PromptLimits) -> None:
     """Bounds the texts. Raises InvalidRequest naming the field."""
     if not request.texts:
         raise InvalidRequest("texts", "must not be empty")
-    _at_most("texts", len(request.texts), limits.max_texts, "texts")
+    at_most("texts", len(request.texts), limits.max_texts, "texts")
     for text in request.texts:
-        _at_most("texts", len(text.encode()), limits.max_prompt_bytes, "bytes in one text")
+        limits.check_text("texts", text, "bytes in one text")
     refuse_unknown_fields(request)
 
 
@@ -146,38 +119,12 @@ def check_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, limits: Promp
     if kind is None:
         raise InvalidRequest("prompt", "is missing: set one of text, token_ids or chat")
     if kind == "text":
-        size = len(request.text.text.encode())
-        _at_most("text.text", size, limits.max_prompt_bytes, "bytes")
+        limits.check_text("text.text", request.text.text)
     elif kind == "token_ids":
         if not request.token_ids.ids:  # type: ignore[union-attr]
             raise InvalidRequest("token_ids.ids", "must not be empty")
     else:
-        _check_messages(request.chat.messages, limits)
-
-
-def _check_messages(messages: Sequence[pb.ChatMessage], limits: PromptLimits) -> None:
-    if not messages:
-        raise InvalidRequest("chat.messages", "must not be empty")
-    _at_most("chat.messages", len(messages), MAX_CHAT_MESSAGES, "messages")
-    size = 0
-    for message in messages:
-        if not message.role:
-            raise InvalidRequest("chat.messages.role", "must not be empty, e.g. user")
-        _at_most("chat.messages.role", len(message.role.encode()), MAX_ROLE_BYTES, "bytes")
-        size += len(message.content.encode())
-    _at_most("chat.messages.content", size, limits.max_prompt_bytes, "bytes in all")
-
-
-def check_request_id(request_id: str, field: str = "request_id") -> str:
-    """Returns the id, or raises InvalidRequest: 1-128 visible ASCII characters,
-    so that it is safe in metadata and logs."""
-    visible = all("!" <= character <= "~" for character in request_id)
-    if not visible or not 1 <= len(request_id) <= MAX_REQUEST_ID_CHARS:
-        raise InvalidRequest(
-            field,
-            f"must be 1 to {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces",
-        )
-    return request_id
+        limits.check_messages("chat.messages", request.chat.messages)
 
 
 def sampling_params(request: pb.GenerateRequest) -> SamplingParams:
@@ -270,11 +217,6 @@ def _set(group: Message, name: str, value: Any) -> None:
         getattr(group, name).extend([value] if isinstance(value, str) else value)
     else:
         setattr(group, name, value)
-
-
-def _at_most(field: str, value: int, limit: int, unit: str) -> None:
-    if value > limit:
-        raise InvalidRequest(field, f"has {value} {unit}; at most {limit} are allowed")
 
 
 # Replies

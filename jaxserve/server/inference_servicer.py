@@ -18,6 +18,7 @@ from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.proto.v1 import inference_pb2_grpc
 from jaxserve.server import convert
 from jaxserve.server.metadata import REQUEST_ID_KEY
+from jaxserve.server.prompt_limits import check_request_id
 from jaxserve.server.state import ServerState, Serving
 from jaxserve.server.status import Context, abort_internal, end_with_status
 from models.chat_sandbox import ChatTemplateError
@@ -98,7 +99,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.AbortResponse:
         try:
             convert.refuse_unknown_fields(request)
-            request_id = convert.check_request_id(request.request_id)
+            request_id = check_request_id(request.request_id)
             serving = self._state.require_serving()
             aborted = serving.engine.abort(request_id, FinishReason.CANCELLED)
             outcome = pb.ABORT_OUTCOME_ABORTED if aborted else pb.ABORT_OUTCOME_ALREADY_FINISHED
@@ -180,11 +181,11 @@ async def _end_unless_embedded(
 def _request_id(request: pb.GenerateRequest, context: Context) -> str:
     """The field, else the metadata, else a new one. Raises InvalidRequest."""
     if request.HasField("request_id"):
-        return convert.check_request_id(request.request_id)
+        return check_request_id(request.request_id)
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY:
             text = value.decode("latin-1") if isinstance(value, bytes) else value
-            return convert.check_request_id(text, REQUEST_ID_KEY)
+            return check_request_id(text, REQUEST_ID_KEY)
     return uuid.uuid4().hex
 
 

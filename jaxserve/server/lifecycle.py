@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.hung_device import leave_hung_device
 from jaxserve.server.config import ServerConfig
-from jaxserve.server.convert import PromptLimits
 from jaxserve.server.grpc_server import create_grpc_server
 from jaxserve.server.health import HealthReporter
-from jaxserve.server.metrics_http import MetricsServer
+from jaxserve.server.http.http_server import HttpServer
+from jaxserve.server.prompt_limits import PromptLimits
 from jaxserve.server.state import ModelCard, ServerState, Serving
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class Server:
             config, self.state, self._health, self._workers
         )
         cleanup.push_async_callback(self._grpc.stop, None)
-        http = MetricsServer(config.host, config.http_port, self.state)
-        cleanup.push_async_callback(asyncio.to_thread, http.stop)
-        self.http_port = http.port
+        self._http = HttpServer(config, self.state, self._workers)
+        cleanup.push_async_callback(self._http.stop)
+        self.http_port = self._http.port
         await self._grpc.start()
-        http.start()
+        await self._http.start()
         watch = asyncio.create_task(self._health.watch())
         cleanup.callback(watch.cancel)
 
@@ -88,7 +88,9 @@ class Server:
 
     async def stop_listening(self) -> None:
         """Refuses calls, and lets those that run hand over their last messages."""
-        await self._grpc.stop(grace=FLUSH_GRACE_S)
+        await asyncio.gather(
+            self._grpc.stop(grace=FLUSH_GRACE_S), self._http.stop(grace_s=FLUSH_GRACE_S)
+        )
 
     async def lose(self, why: str) -> None:
         """What steps need is gone: streams end as UNAVAILABLE with `why`, health is NOT_SERVING

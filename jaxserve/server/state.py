@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from jaxserve.errors import InvalidRequest, NotAccepting, NotSupported, QueueFull
-from jaxserve.server.convert import PromptLimits
+from jaxserve.server.prompt_limits import PromptLimits
 
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine
@@ -108,7 +108,7 @@ class ServerState:
     serving: Serving | None = None
     draining: bool = False
     num_refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
-    """Requests to Generate and Embed that were not taken."""
+    """Requests for text or embeddings that were not taken."""
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,9 +140,9 @@ class ServerState:
 
     def note_refusal(self, error: Exception) -> None:
         """Counts an error that refused a request; others are not refusals."""
-        reason = _REFUSALS.get(type(error))
-        if reason is not None:
-            self.num_refused[reason] += 1
+        for kind, reason in _REFUSALS.items():
+            if isinstance(error, kind):
+                self.num_refused[reason] += 1
 
     def _is_stuck(self, serving: Serving) -> bool:
         load = serving.engine.snapshot()

@@ -8,8 +8,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from jaxserve.engine.sampling_params import MAX_TOP_LOGPROBS
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.server.config import ServerConfig
-from jaxserve.server.convert import PromptLimits
 from jaxserve.server.lifecycle import Server
+from jaxserve.server.prompt_limits import PromptLimits
 from jaxserve.server.state import ModelCard, Serving
 from models.config import ModelConfig
 from models.tokenizer import Tokenizer
@@ -132,6 +133,10 @@ class Service:
     loop: asyncio.AbstractEventLoop
 
     @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.http_port}"
+
+    @property
     def address(self) -> str:
         return f"127.0.0.1:{self.server.grpc_port}"
 
@@ -216,24 +221,27 @@ class SetClock:
         return self.now_s
 
 
-def start_server_loop(*, reflection: bool = False) -> tuple[Server, asyncio.AbstractEventLoop]:
+def start_server_loop(**settings: Any) -> tuple[Server, asyncio.AbstractEventLoop]:
     """A server that answers on free ports, and the event loop it runs on."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    config = ServerConfig(grpc_port=0, http_port=0, reflection=reflection, drain_timeout_s=5.0)
+    config = ServerConfig(grpc_port=0, http_port=0, drain_timeout_s=5.0, **settings)
     server = asyncio.run_coroutine_threadsafe(_new_server(config), loop).result(timeout=10)
     return server, loop
 
 
 def start_service(
-    *, reflection: bool = False, clock: Callable[[], float] = time.monotonic, **limits: Any
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    server_settings: Mapping[str, Any] = MappingProxyType({}),
+    **limits: Any,
 ) -> Service:
     """A service whose ports answer; `make_ready` hands it the engine."""
     tokenizer = byte_tokenizer()
     scheduler = Scheduler(replace(SCHEDULER_CONFIG, **limits))
     executor = ScriptedExecutor(tokenizer)
     engine = Engine(scheduler, executor, tokenizer, MODEL_CONFIG, clock=clock)
-    server, loop = start_server_loop(reflection=reflection)
+    server, loop = start_server_loop(**server_settings)
     server.state.clock = clock
     engine.start()
     client = Client(f"127.0.0.1:{server.grpc_port}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 from google.protobuf import unknown_fields
 
@@ -211,3 +212,33 @@ def _check_minilm(client: Client, texts: list[str], expected: np.ndarray) -> Non
     assert client.load().num_compiles_after_ready == 0
     with pytest.raises(NotSupported, match="is an encoder"):
         list(client.generate("hello"))
+
+
+def test_http_gives_the_same_vectors(service, golden):
+    ids, expected = golden
+    url = f"http://127.0.0.1:{service.server.http_port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        [model] = client.models.list().data
+        for texts in ([text_of(row) for row in ids], ids):
+            for encoding in ({}, {"encoding_format": "float"}):  # The client's default is base64.
+                reply = client.embeddings.create(model=model.id, input=texts, **encoding)
+                vectors = np.array([entry.embedding for entry in reply.data])
+                np.testing.assert_allclose(vectors, expected, rtol=0, atol=TOLERANCE)
+                assert [entry.index for entry in reply.data] == list(range(len(ids)))
+                assert reply.usage.prompt_tokens == sum(map(len, ids))
+        one = client.embeddings.create(model=model.id, input=text_of(ids[0]))
+        np.testing.assert_allclose(one.data[0].embedding, expected[0], rtol=0, atol=TOLERANCE)
+        long = list(range(1, MAX_TOKENS + 6))
+        for texts in ([text_of(long)], [long]):
+            with pytest.raises(openai.BadRequestError) as refusal:
+                client.embeddings.create(model=model.id, input=texts)
+            assert refusal.value.param == "input[0]"
+            cut = client.embeddings.create(
+                model=model.id, input=texts, extra_body={"truncate": True}
+            )
+            assert cut.usage.total_tokens == MAX_TOKENS
+        for texts in ([], [[]], [[-1]], ["w1"] * 513):
+            with pytest.raises(openai.BadRequestError):
+                client.embeddings.create(model=model.id, input=texts)
+        with pytest.raises(openai.BadRequestError, match="generates no text"):
+            client.completions.create(model=model.id, prompt="x")

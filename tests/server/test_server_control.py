@@ -168,7 +168,7 @@ def test_refused_requests_are_counted_by_reason(make_service):
 
 @pytest.mark.parametrize("reflection", [False, True])
 def test_reflection_is_opt_in(make_service, reflection):
-    service = make_service(reflection=reflection)
+    service = make_service(server_settings={"reflection": reflection})
     with grpc.insecure_channel(service.address) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         if reflection:
@@ -213,11 +213,13 @@ def test_metrics_count_what_happened(service):
     assert after["jaxserve_generation_tokens_total", ()] > 20
 
 
-def test_http_port_has_two_paths(make_service):
+def test_live_and_ready_are_two_questions(make_service):
     service = make_service(ready=False)
     assert _get(service, "/health") == (200, "starting\n")
+    assert _get(service, "/health/ready") == (503, "starting\n")
     service.make_ready()
     assert _get(service, "/health") == (200, "ready\n")
+    assert _get(service, "/health/ready") == (200, "ready\n")
     assert _get(service, "/")[0] == 404
     assert _get(service, "/metrics/../health")[0] == 404
     assert _get(service, "/metrics", method="POST")[0] == 405

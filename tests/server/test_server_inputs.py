@@ -27,7 +27,7 @@ NAN, INF = math.nan, math.inf
 @pytest.fixture(scope="module")
 def shared():
     """One service for the whole table: a refused request must leave no trace."""
-    service = start_service(reflection=False)
+    service = start_service()
     service.make_ready()
     yield service
     service.assert_idle()

@@ -1,4 +1,4 @@
-"""`/metrics` for Prometheus and `/health`, on a small HTTP server of its own thread.
+"""EngineCollector: the engine's figures for Prometheus.
 
 Names and buckets are vLLM's with the prefix `jaxserve_`, plus what a compiled
 step adds: compilations, fill and step time.
@@ -6,14 +6,8 @@ step adds: compilations, fill and step time.
 
 from __future__ import annotations
 
-import socket
-import socketserver
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -25,11 +19,7 @@ from prometheus_client.metrics_core import Metric
 import jaxserve
 from jaxserve.engine.engine_core import EngineSnapshot
 from jaxserve.engine.metrics import Histogram
-from jaxserve.server.ports import listen_error
 from jaxserve.server.state import ModelCard, Phase, Refusal, ServerState, Serving
-
-REQUEST_TIMEOUT_S = 10.0
-"""A client that sends nothing holds a thread no longer than this."""
 
 _HISTOGRAMS = {
     "step_seconds": "What one step took",
@@ -155,84 +145,3 @@ def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
         total += count
         buckets.append((bound, float(total)))
     return HistogramMetricFamily(f"jaxserve_{name}", text, buckets, sum_value=histogram.sum)
-
-
-class MetricsServer:
-    """Listens from `start` to `stop`."""
-
-    def __init__(self, host: str, port: int, state: ServerState) -> None:
-        """Takes the port. Raises ConfigError when it cannot be had."""
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(EngineCollector(state))
-        server_class = _Ipv6Server if ":" in host else _Server
-        try:
-            self._server = make_server(
-                host, port, _application(state, registry), server_class, _Handler
-            )
-        except OSError as error:
-            raise listen_error("--http-port", host, port, error) from error
-        self.port: int = self._server.server_port
-        self._thread = threading.Thread(
-            target=self._server.serve_forever,
-            kwargs={"poll_interval": 0.05},
-            name="jaxserve-http",
-            daemon=True,
-        )
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
-
-
-def _application(state: ServerState, registry: CollectorRegistry) -> Callable[..., Iterable[bytes]]:
-    metrics = make_wsgi_app(registry)
-
-    def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD")
-        if method != "GET":
-            return _text(start_response, "405 Method Not Allowed", "GET only\n")
-        if path == "/metrics":
-            return metrics(environ, start_response)  # type: ignore[no-any-return]
-        if path == "/health":
-            # Live, which is more than "the process answers": a stuck engine is not.
-            phase = state.phase
-            status = "503 Service Unavailable" if phase is Phase.DEGRADED else "200 OK"
-            return _text(start_response, status, f"{phase}\n")
-        return _text(start_response, "404 Not Found", "there are /health and /metrics\n")
-
-    return application
-
-
-def _text(start_response: Any, status: str, body: str) -> Iterable[bytes]:
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-    return [body.encode()]
-
-
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-    def server_bind(self) -> None:
-        # HTTPServer's own asks the resolver for the host's name, which can
-        # take seconds on a machine without a network.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-        self.setup_environ()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
-
-
-class _Ipv6Server(_Server):
-    address_family = socket.AF_INET6
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = REQUEST_TIMEOUT_S
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged."""

@@ -1,0 +1,87 @@
+"""The application: the endpoints' routes, and what every request must be."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxserve.server.http.endpoints import ENDPOINTS
+from jaxserve.server.http.errors import HttpRefusal, reply_to
+from jaxserve.server.http.openapi import openapi
+from jaxserve.server.http.service import HttpService
+
+
+def make_app(service: HttpService, *, max_head_bytes: int, hosts: frozenset[str] | None) -> ASGIApp:
+    """The ASGI application. It sends no CORS headers, so pages of other sites cannot read it.
+
+    Args:
+        max_head_bytes: most bytes of a request's path and headers.
+        hosts: names that the Host header may have; None allows any.
+    """
+    routes = [
+        Route(
+            endpoint.path.replace("{model}", "{model:path}"),
+            service.answering(
+                partial(endpoint.handler, service), counts_refusals=endpoint.asks_engine
+            ),
+            methods=[endpoint.method],
+        )
+        for endpoint in ENDPOINTS
+    ]
+    described = service.answering(partial(openapi, service))
+    routes.append(Route("/openapi.json", described, methods=["GET"]))
+    app = Starlette(routes=routes, exception_handlers={404: _nowhere, 405: _nowhere})
+    app.router.redirect_slashes = False
+    return _Gate(app, max_head_bytes, hosts)
+
+
+def _nowhere(_: Request, error: Exception) -> Response:
+    return reply_to(error, "-").response("-")
+
+
+class _Gate:
+    """Refuses requests by their head alone.
+
+    A page of another site cannot read replies, but it can make its own name lead to this
+    machine. Its requests then carry that name in Host.
+    """
+
+    def __init__(self, app: ASGIApp, max_head_bytes: int, hosts: frozenset[str] | None) -> None:
+        self._app = app
+        self._max_head_bytes = max_head_bytes
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send)
+        else:
+            await reply_to(refusal, "-").response("-")(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> HttpRefusal | None:
+        num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+        num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+        if num_bytes > self._max_head_bytes:
+            limit = self._max_head_bytes
+            return HttpRefusal(
+                431, "headers_too_large", "headers", f"at most {limit} bytes are allowed"
+            )
+        if self._hosts is not None:
+            host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+            if host_name(host.decode("latin-1")) not in self._hosts:
+                return HttpRefusal(
+                    403, "foreign_host", "host", "is not a name of this server (--allowed-host)"
+                )
+        return None
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, in lower case, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()

@@ -1,0 +1,93 @@
+"""The endpoints: one table for the router and for /openapi.json."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.server.http import chat, completions, embeddings, information, replies, tokenization
+from jaxserve.server.http.schema import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
+from jaxserve.server.http.service import HttpService
+
+TEXT = "text/plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    method: str
+    path: str
+    summary: str
+    handler: Callable[[HttpService, Request], Awaitable[Response]]
+    reply: Any
+    """Its type, or `TEXT`."""
+    body: type[Body] | None = None
+    chunk: Any = None
+    """Of a stream, where there is one."""
+    asks_engine: bool = False
+    """Its refusals are counted as those of requests for text or embeddings."""
+
+
+ENDPOINTS = (
+    Endpoint(
+        "POST",
+        "/v1/chat/completions",
+        "The assistant's next message",
+        chat.chat,
+        replies.ChatCompletion,
+        ChatRequest,
+        replies.ChatChunk,
+        asks_engine=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/completions",
+        "Texts that go on",
+        completions.complete,
+        replies.Completion,
+        CompletionRequest,
+        replies.Completion,
+        asks_engine=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/embeddings",
+        "One vector of each text, by an encoder",
+        embeddings.embed,
+        replies.Embeddings,
+        EmbeddingRequest,
+        asks_engine=True,
+    ),
+    Endpoint("GET", "/v1/models", "The model", information.list_models, replies.Models),
+    Endpoint("GET", "/v1/models/{model}", "The model", information.get_model, replies.Model),
+    Endpoint(
+        "POST",
+        "/tokenize",
+        "Token ids of a text or a chat",
+        tokenization.tokenize,
+        replies.Tokens,
+        TokenizeRequest,
+    ),
+    Endpoint(
+        "POST",
+        "/detokenize",
+        "The text of token ids",
+        tokenization.detokenize,
+        replies.Text,
+        DetokenizeRequest,
+    ),
+    Endpoint("GET", "/version", "The server's version", information.version, replies.Version),
+    Endpoint("GET", "/health", "200 unless the engine is stuck", information.health, TEXT),
+    Endpoint("GET", "/health/ready", "200 if requests are served", information.ready, TEXT),
+    Endpoint("GET", "/metrics", "Figures for Prometheus", information.metrics, TEXT),
+)

@@ -1,0 +1,66 @@
+"""What the server is and how it does: models, version, health, metrics."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import jaxserve
+from jaxserve.server.engine_collector import EngineCollector
+from jaxserve.server.http.errors import HttpRefusal
+from jaxserve.server.http.replies import Model, Models, Version
+from jaxserve.server.http.service import HttpService
+from jaxserve.server.state import Phase, Serving
+
+
+async def list_models(service: HttpService, _: Request) -> Response:
+    reply: Models = {
+        "object": "list",
+        "data": [_model(service, service.state.require_serving())],
+    }
+    return JSONResponse(reply)
+
+
+async def get_model(service: HttpService, request: Request) -> Response:
+    serving = service.state.require_serving()
+    if request.path_params["model"] != serving.card.name:
+        raise HttpRefusal(
+            404, "model_not_found", "model", f"is not served here; {serving.card.name} is"
+        )
+    return JSONResponse(_model(service, serving))
+
+
+def _model(service: HttpService, serving: Serving) -> Model:
+    return {
+        "id": serving.card.name,
+        "object": "model",
+        "created": int(time.time() - service.state.uptime_s),
+        "owned_by": "jaxserve",
+        "max_model_len": serving.card.max_model_len,
+    }
+
+
+async def version(_service: HttpService, _: Request) -> Response:
+    reply: Version = {"version": jaxserve.__version__}
+    return JSONResponse(reply)
+
+
+async def health(service: HttpService, _: Request) -> Response:
+    """Live, which is more than "the process answers": a stuck engine is not."""
+    phase = service.state.phase
+    return PlainTextResponse(f"{phase}\n", 503 if phase is Phase.DEGRADED else 200)
+
+
+async def ready(service: HttpService, _: Request) -> Response:
+    """A request that is sent now will be worked on."""
+    phase = service.state.phase
+    return PlainTextResponse(f"{phase}\n", 200 if phase is Phase.READY else 503)
+
+
+async def metrics(service: HttpService, _: Request) -> Response:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(EngineCollector(service.state))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,186 @@
+"""What clients send: one class a body. Types are checked here, bounds by `SamplingParams.validate`
+and `PromptLimits`, as for gRPC.
+
+A field that is null is absent. A field that a class does not have is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_CHOICES = 128
+"""Prompts of one request times `n`."""
+MAX_N = 16
+
+
+class Body(BaseModel):
+    """Nothing is converted (no "1" for 1), and nothing is ignored."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelField(Body):
+    model: str | None = None
+    """As `/v1/models` names it. Absent: the model that is served."""
+
+
+class SamplingFields(Body):
+    """Named and bounded as in `SamplingParams`."""
+
+    temperature: float | None = None
+    """[0, 100]; 0 takes the most likely token. Default 1."""
+    top_p: float | None = None
+    """(0, 1]. Default 1."""
+    top_k: int | None = None
+    """Keep the k most likely tokens; 0 keeps all. Default 0."""
+    min_p: float | None = None
+    """[0, 1]: drop tokens less likely than this fraction of the most likely one. Default 0."""
+    seed: int | None = None
+    """Unsigned, 64 bits. The same seed and prompt give the same tokens; choice i of `n` takes
+    seed + i. Absent: random."""
+    presence_penalty: float | None = None
+    """[-2, 2]. Default 0."""
+    frequency_penalty: float | None = None
+    """[-2, 2]. Default 0."""
+    repetition_penalty: float | None = None
+    """[0.01, 100]. Default 1."""
+    logit_bias: dict[str, float] | None = None
+    """{"token id": bias in [-100, 100]}, at most 1024."""
+    allowed_token_ids: list[int] | None = None
+    """Only these may be drawn. Absent: all."""
+    bad_token_ids: list[int] | None = None
+    """These are never drawn."""
+    stop: str | list[str] | None = None
+    """The answer ends just before the first of these: at most 16 of 256 bytes."""
+    stop_token_ids: list[int] | None = None
+    """The answer ends when one of these is drawn: at most 16."""
+    min_tokens: int | None = None
+    """No stop token is drawn before this many tokens are out. Default 0."""
+    ignore_eos: bool | None = None
+    """Go on past the model's end of sequence. Default false."""
+    include_stop_str_in_output: bool | None = None
+    """Default false."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text. Default true."""
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    """A last chunk without choices tells the usage."""
+    continuous_usage_stats: bool | None = None
+    """Every chunk tells the usage so far."""
+    include_obfuscation: Literal[False] | None = None
+    """Chunks are not padded."""
+
+
+class AnswerFields(ModelField, SamplingFields):
+    """What completions and chats have in common."""
+
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    """Answers to each prompt, [1, 16]; at most 128 in all. Default 1."""
+    stream: bool | None = None
+    """Send the answer as server-sent events, as it is made."""
+    stream_options: StreamOptions | None = None
+    """With `stream` only."""
+    return_token_ids: bool | None = None
+    """Choices tell the `token_ids` of their text."""
+    cache_salt: str | None = None
+    """Computed prefixes are shared only between requests of one salt: at most 256 bytes."""
+    user: str | None = Field(None, max_length=512)
+    """Has no effect on the answer, and is kept nowhere."""
+
+
+class CompletionRequest(AnswerFields):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    """A text, its token ids, or a list of either."""
+    max_tokens: int | None = None
+    """Default 16."""
+    logprobs: int | None = None
+    """[0, 20]: each token's logprob and this many of the most likely ones."""
+    add_special_tokens: bool | None = None
+    """What the model's tokenizer adds to a text, such as a BOS. Default true."""
+    echo: Literal[False] | None = None
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    role: str
+    """`system`, `user`, `assistant` or what else the model's chat template knows."""
+    content: str | list[TextPart]
+    """Parts are joined as they are."""
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class ChatRequest(AnswerFields):
+    messages: list[ChatMessage]
+    """From first to last."""
+    max_completion_tokens: int | None = None
+    """Default: up to the end of the context."""
+    max_tokens: int | None = None
+    """The older name of `max_completion_tokens`."""
+    logprobs: bool | None = None
+    """Tell each token's logprob."""
+    top_logprobs: int | None = None
+    """[0, 20], with `logprobs` only: this many of the most likely tokens. Default 0."""
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
+
+
+class EmbeddingRequest(ModelField):
+    input: str | list[str] | list[int] | list[list[int]]
+    """A text, its token ids, or a list of either."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """base64: little-endian float32. Default float."""
+    truncate: bool | None = None
+    """Cut a text that is longer than the model takes, rather than refuse it. Default false."""
+    user: str | None = Field(None, max_length=512)
+    """Has no effect, and is kept nowhere."""
+
+
+class TokenizeRequest(ModelField):
+    prompt: str | None = None
+    """This or `messages`."""
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    """With `prompt` only. Default true."""
+
+
+class DetokenizeRequest(ModelField):
+    tokens: list[int]
+
+
+REFUSED_FIELDS = {
+    "audio": "answers are text",
+    "best_of": "ask for n answers and choose",
+    "echo": "put the prompt before the answer yourself",
+    "function_call": "the model calls no tools",
+    "functions": "the model calls no tools",
+    "metadata": "nothing is stored",
+    "modalities": "answers are text",
+    "parallel_tool_calls": "the model calls no tools",
+    "prediction": "leave it out",
+    "prompt_cache_key": "set cache_salt to part caches",
+    "prompt_logprobs": "ask for them over gRPC",
+    "reasoning_effort": "leave it out",
+    "response_format": 'only {"type": "text"} is supported',
+    "safety_identifier": "leave it out",
+    "service_tier": "leave it out",
+    "store": "nothing is stored",
+    "suffix": "leave it out",
+    "tool_choice": "the model calls no tools",
+    "tools": "the model calls no tools",
+    "verbosity": "leave it out",
+    "web_search_options": "leave it out",
+}
+"""Fields of other servers that this one refuses, and what to do instead."""

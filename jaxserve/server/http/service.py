@@ -1,0 +1,95 @@
+"""HttpService: what every endpoint needs of the server, and the frame around each handler."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.errors import InvalidRequest
+from jaxserve.server.http.body import read_body
+from jaxserve.server.http.errors import HttpRefusal, reply_to
+from jaxserve.server.http.schema import Body, ModelField
+from jaxserve.server.metadata import REQUEST_ID_KEY
+from jaxserve.server.prompt_limits import check_request_id
+from jaxserve.server.state import ServerState, Serving
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+_B = TypeVar("_B", bound=Body)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpService:
+    state: ServerState
+    workers: Executor
+    """Tokenise text and parse large bodies."""
+    max_body_bytes: int
+    body_timeout_s: float
+
+    async def read(self, request: Request, body_class: type[_B]) -> _B:
+        """The checked body. Raises InvalidRequest naming the field."""
+        return await read_body(
+            request,
+            body_class,
+            max_bytes=self.max_body_bytes,
+            timeout_s=self.body_timeout_s,
+            workers=self.workers,
+        )
+
+    def accepting(self, body: ModelField) -> Serving:
+        """Raises NotAccepting, or HttpRefusal if the body names another model."""
+        return _check_model(body, self.state.require_accepting())
+
+    def serving(self, body: ModelField) -> Serving:
+        """The same, also while the server drains."""
+        return _check_model(body, self.state.require_serving())
+
+    def answering(self, handler: Handler, *, counts_refusals: bool = False) -> Handler:
+        """The handler, whose errors become replies and whose replies carry the request's id.
+
+        Args:
+            counts_refusals: the handler asks for text or embeddings.
+        """
+
+        async def handle(request: Request) -> Response:
+            request_id = "-"
+            try:
+                request_id = _request_id(request)
+                request.state.request_id = request_id
+                response = await handler(request)
+                response.headers[REQUEST_ID_KEY] = request_id
+                return response
+            except Exception as error:
+                if counts_refusals:
+                    self.state.note_refusal(error)
+                return reply_to(error, request_id).response(request_id)
+
+        return handle
+
+
+def _check_model(body: ModelField, serving: Serving) -> Serving:
+    if body.model not in (None, serving.card.name):
+        raise HttpRefusal(
+            404, "model_not_found", "model", f"is not served here; {serving.card.name} is"
+        )
+    return serving
+
+
+def _request_id(request: Request) -> str:
+    """The client's, else a new one. Raises InvalidRequest."""
+    given = request.headers.get(REQUEST_ID_KEY)
+    return uuid.uuid4().hex if given is None else check_request_id(given, REQUEST_ID_KEY)
+
+
+def in_client_words(error: InvalidRequest, names: dict[str, str]) -> InvalidRequest:
+    """The error with the field's name in the body, for one that the engine names."""
+    name = names.get(error.field)
+    if isinstance(error, HttpRefusal) or name is None:
+        return error
+    return InvalidRequest(name, str(error).removeprefix(f"{error.field}: "))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import openai
 import pytest
 
 from checkpoint.param_loading import flatten, unflatten
@@ -72,6 +73,7 @@ def test_serve_stream_chat_and_drain(setup):
             assert client.model_info().max_model_len == CONTEXT
             _check_streaming(client)
             _check_chat_command(grpc_address)
+            _check_http_chat(http_address)
             with urllib.request.urlopen(f"http://{http_address}/metrics", timeout=5) as reply:
                 assert "jaxserve_unexpected_compiles_total 0.0" in reply.read().decode()
             _check_drain(client, process)
@@ -110,6 +112,16 @@ def _check_chat_command(grpc_address: str) -> None:
     assert result.stderr.count("TTFT") == 2
     assert "starts anew" in result.stderr
     assert "there are /reset and /exit" in result.stderr
+
+
+def _check_http_chat(http_address: str) -> None:
+    with openai.OpenAI(base_url=f"http://{http_address}/v1", api_key="none") as client:
+        [model] = client.models.list().data
+        chat = {"model": model.id, "messages": [{"role": "user", "content": "hi"}], "seed": 1}
+        whole = client.chat.completions.create(**chat, max_tokens=8).choices[0].message.content
+        chunks = list(client.chat.completions.create(**chat, max_tokens=8, stream=True))
+    assert whole == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason is not None
 
 
 def _check_drain(client: Client, process: subprocess.Popen[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from starlette.applications import Starlette
@@ -10,10 +11,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jaxserve.engine.failure_log import log_failure
 from jaxserve.server.http.endpoints import ENDPOINTS
 from jaxserve.server.http.errors import HttpRefusal, reply_to
 from jaxserve.server.http.openapi import openapi
 from jaxserve.server.http.service import HttpService
+
+_log = logging.getLogger(__name__)
 
 
 def make_app(service: HttpService, *, max_head_bytes: int, hosts: frozenset[str] | None) -> ASGIApp:
@@ -58,10 +62,15 @@ class _Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope)
-        if refusal is None:
-            await self._app(scope, receive, send)
-        else:
+        if refusal is not None:
             await reply_to(refusal, "-").response("-")(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:
+            # uvicorn ends the connection. It would log the exception's text, so it logs nothing.
+            log_failure(_log, "an HTTP request failed outside its handler", error)
+            raise
 
     def _refusal(self, scope: Scope) -> HttpRefusal | None:
         num_bytes = len(scope["raw_path"]) + len(scope["query_string"])

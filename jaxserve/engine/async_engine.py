@@ -105,7 +105,8 @@ class AsyncEngine:
 
         Gives their outputs as they come, each with the index of its request, until every
         request has had its last one. Leaving the context aborts those that have not.
-        Raises InvalidRequest, QueueFull or NotAccepting; the outputs raise StreamTooSlow.
+        Raises InvalidRequest, QueueFull or NotAccepting; the outputs raise StreamTooSlow, and
+        EngineLost after `lose`.
         """
         arrived = asyncio.Event()
         streams: list[_Stream] = []
@@ -132,6 +133,8 @@ class AsyncEngine:
                     if output.finish_reason is not None:
                         del unfinished[index]
                     yield index, output
+                if stream.lost is not None and index in unfinished:
+                    raise stream.lost
 
     async def complete_all(self, requests: Sequence[GenerationRequest]) -> list[RequestOutput]:
         """The outputs, in order, of requests that have a single one: an encoder's.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from jaxserve.errors import InvalidRequest, NotAccepting, NotSupported, QueueFull
+from jaxserve.errors import EngineLost, InvalidRequest, NotAccepting, NotSupported, QueueFull
 from jaxserve.server.prompt_limits import PromptLimits
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ class ServerState:
 
     def note_refusal(self, error: Exception) -> None:
         """Counts an error that refused a request; others are not refusals."""
+        if isinstance(error, EngineLost):
+            return  # It was taken, and then lost.
         for kind, reason in _REFUSALS.items():
             if isinstance(error, kind):
                 self.num_refused[reason] += 1

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from jaxserve.engine.failure_log import log_failure
 from jaxserve.errors import (
+    EngineLost,
     InvalidRequest,
     JaxserveError,
     NotAccepting,
@@ -90,6 +91,8 @@ def reply_to(error: Exception, request_id: str) -> ErrorReply:
         return ErrorReply(429, "rate_limit_error", "queue_full", message)
     if isinstance(error, StreamTooSlow):
         return ErrorReply(429, "rate_limit_error", "stream_too_slow", message)
+    if isinstance(error, EngineLost):
+        return ErrorReply(503, "server_error", "engine_lost", message)
     if isinstance(error, NotAccepting):
         return ErrorReply(503, "server_error", "not_accepting", message)
     if isinstance(error, AnswerCancelled):

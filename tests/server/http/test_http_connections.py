@@ -205,3 +205,27 @@ def test_an_abort_and_a_failure_end_a_stream_with_an_error(service):
                 list(stream)
             assert failure.value.code == code
             assert "secret" not in str(failure.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_lost_engine_ends_answers_as_unavailable(service, stream):
+    service.executor.gate.clear()
+    answers = []
+
+    def ask_for_text() -> None:
+        answers.append(post(service, "/v1/completions", LONG | {"stream": stream}))
+
+    asking = threading.Thread(target=ask_for_text)
+    asking.start()
+    wait_for(lambda: service.engine.snapshot().num_running == 1)
+    service.call(service.server.lose("a process of the group is gone: restart the server"))
+    asking.join(timeout=10)
+    [(status, _, reply)] = answers
+    if stream:
+        assert status == 200
+        reply = json.loads(reply.removeprefix("data: "))
+    else:
+        assert status == 503
+    assert reply["error"]["code"] == "engine_lost"
+    assert reply["error"]["message"].startswith("a process of the group is gone")
+    assert ask(service, "GET", "/health")[0] == 503

@@ -16,6 +16,7 @@ from jaxserve.engine.group.follower_link import FollowerLink
 from jaxserve.engine.group.frames import Frame, FrameError, FrameSocket, Kind
 from jaxserve.engine.group.gathering import Gathering, versions
 from jaxserve.engine.group.handshake import WrongToken, prove_to_follower, prove_to_leader
+from jaxserve.engine.group.leader import Leader
 from jaxserve.errors import ConfigError
 
 TOKEN = b"a token of some length"
@@ -203,3 +204,19 @@ def test_a_token_must_be_a_secret(tmp_path: Path) -> None:
         read_token(tmp_path / "missing")
     with pytest.raises(ConfigError, match="16 or more"):
         GroupConfig(2, 0, "127.0.0.1", 1, b"short")
+
+
+def test_a_follower_with_other_programs_is_refused_by_name(
+    ends: tuple[FrameSocket, FrameSocket],
+) -> None:
+    leader = Leader(_config(2), Gathering(_config(2)), {}, lambda _: None)
+    link = FollowerLink(1, ends[0], {"host": "h", "pid": 7}, None, lambda: 0.0)
+    link.start()
+    leader._links = [link]
+    ends[1].send(Frame.of_json(Kind.READY, {"fingerprint": "f"}))
+    leader.wait_until_ready("f")
+    with pytest.raises(GroupError, match=r"process 1 \(h, pid 7\) has compiled for other settings"):
+        leader.wait_until_ready("g")
+    ends[1].close()
+    link.join(5)
+    leader.end()

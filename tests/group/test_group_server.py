@@ -232,7 +232,7 @@ def test_a_follower_that_cannot_start_is_named_with_its_reason(
 @pytest.mark.long
 def test_four_processes_give_the_bits_of_four_devices(setup: Setup) -> None:
     folder = setup.folder
-    mesh = ("--mesh", "tensor=4")
+    mesh = ("--mesh", "stage=2,tensor=2")
     with serve(setup.model, setup.cache, folder / "one", *mesh, "--virtual-devices", 4) as one:
         expected = _answers(one.grpc)
     with serve(setup.model, setup.cache, folder / "four", *mesh, "--processes", 4) as four:

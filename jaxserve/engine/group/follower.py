@@ -64,7 +64,9 @@ def follow(config: GroupConfig, start: Start) -> None:
         Exception: what `start` or a program raises; the leader has been told.
     """
     connection = _connect(config)
+    connection.set_timeout(GATHER_TIMEOUT_S + START_LIMIT_S)  # Until the others are there, too.
     welcome = connection.receive()
+    connection.set_timeout(None)
     terms = {} if welcome is None else welcome.json()
     if "coordinator" not in terms:
         raise GroupError(f"the leader refuses this process: {terms.get('refused', 'it has ended')}")

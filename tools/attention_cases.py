@@ -142,7 +142,7 @@ Runner = Callable[[Case, Inputs], tuple[np.ndarray, np.ndarray]]
 
 
 def run_reference(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """The oracle: float32 arithmetic on the same stored values."""
+    """The XLA implementation in float32 arithmetic on the same stored values; a `Runner`."""
     tiling = AttentionTiling(
         page_size=case.page_size,
         pages_per_block=PAGES_PER_BLOCK,
@@ -153,22 +153,47 @@ def run_reference(case: Case, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
 
     @jax.jit
     def run(
-        q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, layer: int, work: AttentionWork
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pool: jax.Array,
+        layer: jax.Array,
+        work: AttentionWork,
+        window: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        pool = write_rows(pool, k, v, layer, work)  # type: ignore[arg-type]
+        pool = write_rows(pool, k, v, layer, work)
+        sliding = window if case.is_window_traced else case.window
         q = q.astype(jnp.float32)
-        out = ragged_paged_attention(
-            q,
-            pool,
-            layer,  # type: ignore[arg-type]
-            work,
-            tiling=tiling,
-            sliding_window=case.window,
-        )
+        out = ragged_paged_attention(q, pool, layer, work, tiling=tiling, sliding_window=sliding)
         return out, pool
 
-    out, pool = run(inputs.q, inputs.k, inputs.v, inputs.pool, np.int32(inputs.layer), inputs.work)
+    layer, window = np.int32(inputs.layer), np.int32(case.window or 0)
+    arrays = (inputs.q, inputs.k, inputs.v, inputs.pool, layer, inputs.work, window)
+    out, pool = run(*arrays)
     return np.asarray(out), np.asarray(pool)
+
+
+def dense(case: Case, inputs: Inputs) -> np.ndarray:
+    """The oracle `[T, H, D]`: softmax of each sequence's whole score matrix, in float64."""
+    out = np.zeros(inputs.q.shape)
+    group = case.num_heads // case.num_kv_heads
+    for sequence, context, rows in zip(case.sequences, inputs.contexts, inputs.rows, strict=True):
+        length = sequence.length
+        positions = np.arange(length - sequence.num_new, length)[:, None]
+        keys = np.arange(length)[None, :]
+        visible = keys <= positions
+        if case.window is not None:
+            visible &= keys > positions - case.window
+        values = context.astype(np.float64)
+        for kv_head in range(case.num_kv_heads):
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            q = inputs.q[rows, heads].astype(np.float64)
+            scores = np.tensordot(q, values[:, 0, kv_head], (2, 1)) * case.head_dim**-0.5
+            scores = np.where(visible[:, None], scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            out[rows, heads] = weights @ values[:, 1, kv_head]
+    return out
 
 
 def relative_error(out: np.ndarray, expected: np.ndarray) -> float:
@@ -183,8 +208,8 @@ def limit(dtype: str) -> float:
     return 2e-6 if dtype == "float32" else 4e-3
 
 
-def check(case: Case, run: Runner, inputs: Inputs, expected: np.ndarray) -> float:
-    """Relative error of an implementation; raises AssertionError that names what is wrong."""
+def check(case: Case, run: Runner, inputs: Inputs) -> float:
+    """Relative error against the oracle; raises AssertionError that names what is wrong."""
     out, pool = run(case, inputs)
     live = np.asarray(inputs.work.row_slots) < case.num_slots
     if out[~live].any() or np.isnan(out[~live]).any():
@@ -194,7 +219,7 @@ def check(case: Case, run: Runner, inputs: Inputs, expected: np.ndarray) -> floa
     _, right_pool = run_write(inputs)
     if not np.array_equal(_bits(pool[:, :-1]), _bits(right_pool[:, :-1])):
         raise AssertionError(f"{case.name}: the pool does not hold what was written")
-    error = relative_error(out[live], expected[live]) if live.any() else 0.0
+    error = relative_error(out[live], dense(case, inputs)[live]) if live.any() else 0.0
     if not error <= limit(case.dtype):
         raise AssertionError(f"{case.name}: relative error {error:.2e} > {limit(case.dtype):.0e}")
     return error

@@ -104,6 +104,7 @@ def interpret(
         patch.object(interpreter, "_patch_lang_tensor", _patch_tensor),
         patch.object(interpreter, "_convert_float", _convert),
         patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
+        patch.object(interpreter.InterpreterBuilder, "create_fma", _fma),
         patch.multiple(tl, max=_max, sum=_sum, zeros=_zeros),
     ):
         function[grid](*(HostArray(array) for array in [*inputs, *outputs]), **values)
@@ -132,6 +133,12 @@ def _widened(handle: Any) -> Any:
         return handle
     values = (handle.data.astype(np.uint32) << 16).view(np.float32)
     return interpreter.TensorHandle(values, tl.float32)
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """Rounds once, as GPUs do; the interpreter rounds the product too."""
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
 
 _convert_float = interpreter._convert_float

@@ -28,6 +28,9 @@ MAX_SPLITS = 32
 UNIT_PROGRAMS = 1024
 """Programs that share a step's splits: enough to fill any GPU, few enough to be idle cheaply."""
 
+MERGED_HEADS, MERGED_SPLITS = 4, 4
+"""Of one program that joins splits: query heads, and splits read at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class TritonConfig:
@@ -46,7 +49,7 @@ class TritonConfig:
 
 FLOAT32 = TritonConfig(32, KernelConfig(4, 2), 512, 16, 32, KernelConfig(4, 2))
 HEAD_DIM_256 = TritonConfig(32, KernelConfig(4, 3), 512, 64, 32, KernelConfig(4, 2))
-DEFAULT = TritonConfig(64, KernelConfig(4, 3), 512, 64, 64, KernelConfig(4, 3))
+DEFAULT = TritonConfig(64, KernelConfig(2, 4), 512, 64, 64, KernelConfig(4, 3))
 
 
 def choose_config(dtype: jnp.dtype, head_dim: int) -> TritonConfig:
@@ -58,7 +61,7 @@ def choose_config(dtype: jnp.dtype, head_dim: int) -> TritonConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["work", "units", "num_units"],
+    data_fields=["work", "items", "units", "num_units"],
     meta_fields=[],
 )
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,11 @@ class TritonWork:
     """A step's work list with the decodes cut into splits; the same for every layer."""
 
     work: AttentionWork
+    items: jax.Array
+    """int32 [ND, 2]: row and position of each decode item; position -1 past the last."""
     units: jax.Array
-    """int32 [ND * max splits]: item * max splits + split, longest item first."""
+    """int32 [ND * max splits, 4]: item * max splits + split, row, position, slot; longest item
+    first."""
     num_units: jax.Array
     """int32 []"""
 
@@ -102,15 +108,20 @@ class TritonAttention:
         split_keys, max_splits = _splits(work, tiling, config)
         num_items = work.decode_rows.shape[0]
         live = jnp.arange(num_items) < work.num_decodes
-        last_row = work.row_positions.shape[0] - 1
-        positions = work.row_positions[jnp.minimum(work.decode_rows, last_row)]
-        counts = jnp.where(live, positions // split_keys + 1, 0)
+        rows = jnp.minimum(work.decode_rows, work.row_positions.shape[0] - 1)
+        positions = jnp.where(live, work.row_positions[rows], -1)
+        last_split = jnp.maximum(positions - _tail_keys(split_keys), 0) // split_keys
+        counts = jnp.where(live, last_split + 1, 0)
         ends = jnp.cumsum(counts)
         unit = jnp.arange(num_items * max_splits)
         item = jnp.sum(ends[None, :] <= unit[:, None], axis=1)
         item = jnp.minimum(item, num_items - 1)
         split = unit - (ends - counts)[item]
-        return TritonWork(work, item * max_splits + split, ends[-1])
+        items = jnp.stack([rows, positions], axis=1)
+        code = item * max_splits + split
+        slots = work.row_slots[rows[item]]
+        units = jnp.stack([code, rows[item], positions[item], slots], axis=1)
+        return TritonWork(work, items, units, ends[-1])
 
     def write(
         self,
@@ -192,23 +203,20 @@ class TritonAttention:
         paged: dict[str, Any],
     ) -> jax.Array:
         """`[T, H, D]` with the rows of decode items written."""
-        q, work, window = source[0], prepared.work, source[3]
+        q, window = source[0], source[3]
         num_heads, head_dim = q.shape[1:]
         group = num_heads // paged["NUM_KV_HEADS"]
-        split_keys, max_splits = _splits(work, tiling, config)
-        num_items = work.decode_rows.shape[0]
+        split_keys, max_splits = _splits(prepared.work, tiling, config)
+        num_items = prepared.items.shape[0]
         rows = min(64, max(MIN_ROWS, _power_of_two(group)))
         pieces = paged["NUM_KV_HEADS"] * -(-group // rows)
         programs = min(num_items * max_splits, -(-UNIT_PROGRAMS // pieces))
-        split = {"MAX_SPLITS": max_splits, "SPLIT": split_keys}
+        split = {"MAX_SPLITS": max_splits, "SPLIT": split_keys, "TAIL": _tail_keys(split_keys)}
         places = (num_items, num_heads, max_splits)
         out, partial_sums, stats = self.call(
             "decode_kernel",
             [
                 *source,
-                work.row_slots,
-                work.row_positions,
-                work.decode_rows,
                 prepared.units,
                 prepared.num_units,
             ],
@@ -231,21 +239,19 @@ class TritonAttention:
         )
         if max_splits == 1:
             return out
-        arrays = [
-            partial_sums,
-            stats,
-            window,
-            work.row_positions,
-            work.decode_rows,
-            work.num_decodes,
-            out,
-        ]
+        arrays = [partial_sums, stats, window, prepared.items, out]
         return self.call(
             "merge_kernel",
             arrays,
             [_like(out)],
-            grid=(num_heads, num_items),
-            constants=shared | split | {"SPLITS_PAD": _power_of_two(max_splits)},
+            grid=(-(-num_heads // MERGED_HEADS), num_items),
+            constants=shared
+            | split
+            | {
+                "SPLITS_PAD": _power_of_two(max_splits),
+                "HEADS": MERGED_HEADS,
+                "SPLITS": MERGED_SPLITS,
+            },
             config=KernelConfig(4, 1),
             compute_capability=self.compute_capability,
             aliases={len(arrays) - 1: 0},
@@ -300,6 +306,12 @@ def _splits(work: AttentionWork, tiling: AttentionTiling, config: TritonConfig) 
     while -(-max_context // split_keys) > MAX_SPLITS:
         split_keys *= 2
     return split_keys, -(-max_context // split_keys)
+
+
+def _tail_keys(split_keys: int) -> int:
+    """What a row's last split takes beyond its length: a context just over a whole number of
+    splits has no unit of its own for the few keys."""
+    return split_keys // 4
 
 
 def _values_dtype(kv_pool: jax.Array) -> jnp.dtype:

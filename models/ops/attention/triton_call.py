@@ -8,6 +8,7 @@ recorded in CUDA graphs. Neither step needs a GPU, so a program for one can be l
 from __future__ import annotations
 
 import functools
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ import jax.numpy as jnp
 HANDLER = "triton_kernel_call_ffi"
 ALIGNMENT = 16
 """XLA aligns arrays to more; Triton needs it for wide loads, and the handler checks it."""
+
+_COMPILING = threading.Lock()
+"""Triton's compiler is for one thread at a time; programs are traced in several."""
 
 _TRITON_TYPES = {
     "bfloat16": "*bf16",
@@ -137,9 +141,10 @@ def compile_kernel(
         # The variants of a loop must round alike; what is to be fused says so.
         "enable_fp_fusion": False,
     }
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", compute_capability, 32), options=options
-    )
+    with _COMPILING:
+        binary = triton.compile(
+            source, target=GPUTarget("cuda", compute_capability, 32), options=options
+        )
     metadata = binary.metadata
     return CompiledKernel(metadata.name, binary.asm["ptx"], metadata.shared, metadata.num_warps)
 

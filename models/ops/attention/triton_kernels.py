@@ -84,6 +84,10 @@ def _attend(
             scores = tl.where(visible, scores, MASKED)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         scaled_peak = new_peak * scale_log2
+        if MASK:
+            # A fused operation does not round MASKED * scale_log2, so it would leave not zero but
+            # the rounding of `scaled_peak`, 1e21, where a row has seen no key yet.
+            scaled_peak = tl.where(new_peak == MASKED, 0.0, scaled_peak)
         # One fused operation in every variant of the loop, so that they round alike.
         weights = tl.exp2(tl.fma(scores, scale_log2, -scaled_peak[:, None]))
         shrink = tl.exp2(peak * scale_log2 - scaled_peak)
@@ -101,9 +105,6 @@ def decode_kernel(
     layer_ptr,
     window_ptr,
     table_ptr,
-    row_slots_ptr,
-    row_positions_ptr,
-    decode_rows_ptr,
     units_ptr,
     num_units_ptr,
     out_ptr,
@@ -115,6 +116,7 @@ def decode_kernel(
     TABLE_WIDTH: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
+    TAIL: tl.constexpr,
     PAGE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -129,8 +131,10 @@ def decode_kernel(
 ):
     """Decode items: programs (KV head x piece of its query heads, units taken in turn).
 
-    A unit is one split of one item. The only split of a row is finished here; others leave
-    `acc` in `partial [ND, H, MAX_SPLITS, D]` and (peak, total) in `stats [ND, H, MAX_SPLITS, 2]`.
+    A unit is one split of one item, `units [., 4]`: item * MAX_SPLITS + split, row, position and
+    slot, together because each read that waits for another delays the first key. The only split
+    of a row is finished here; others leave `acc` in `partial [ND, H, MAX_SPLITS, D]` and
+    (peak, total) in `stats [ND, H, MAX_SPLITS, 2]`.
     """
     kv_head = tl.program_id(0) // PIECES
     piece = tl.program_id(0) % PIECES
@@ -145,19 +149,20 @@ def decode_kernel(
     dims = tl.arange(0, D_PAD)
     live = (in_group < group)[:, None] & (dims < D)[None, :]
     for unit in range(tl.program_id(1), num_units, NUM_UNIT_PROGRAMS):
-        code = tl.load(units_ptr + unit)
+        code = tl.load(units_ptr + unit * 4)
+        row = tl.load(units_ptr + unit * 4 + 1)
+        position = tl.load(units_ptr + unit * 4 + 2)
+        slot = tl.load(units_ptr + unit * 4 + 3)
         item = code // MAX_SPLITS
         split = code % MAX_SPLITS
-        row = tl.load(decode_rows_ptr + item)
-        position = tl.load(row_positions_ptr + row)
-        slot = tl.load(row_slots_ptr + row)
         first_key = 0
         window = 0
         if HAS_WINDOW:
             window = tl.load(window_ptr)
             first_key = tl.maximum(position - window + 1, 0)
+        last_split = _last_split(position, SPLIT, TAIL)
         first_block = tl.maximum(split * SPLIT, first_key // BLOCK * BLOCK)
-        end = tl.minimum((split + 1) * SPLIT, position + 1)
+        end = tl.where(split == last_split, position + 1, (split + 1) * SPLIT)
         if end > first_key:
             q = tl.load(
                 q_ptr + row * (NUM_HEADS * D) + heads[:, None] * D + dims[None, :],
@@ -186,7 +191,7 @@ def decode_kernel(
                 HAS_WINDOW,
                 PRECISION,
             )
-            if first_key // SPLIT == position // SPLIT:
+            if tl.minimum(first_key // SPLIT, last_split) == last_split:
                 out = acc / total[:, None]
                 tl.store(
                     out_ptr + row * (NUM_HEADS * D) + heads[:, None] * D + dims[None, :],
@@ -201,55 +206,76 @@ def decode_kernel(
 
 
 @triton.jit
+def _last_split(position, SPLIT: tl.constexpr, TAIL: tl.constexpr):
+    """Of a row. The last one takes up to TAIL keys more: so few would not be worth a unit."""
+    return tl.maximum(position - TAIL, 0) // SPLIT
+
+
+@triton.jit
 def merge_kernel(
     partial_ptr,
     stats_ptr,
     window_ptr,
-    row_positions_ptr,
-    decode_rows_ptr,
-    num_decodes_ptr,
+    items_ptr,
     out_before_ptr,
     out_ptr,
     scale_log2: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     SPLIT: tl.constexpr,
+    TAIL: tl.constexpr,
     NUM_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Joins the splits of decode rows that have several: programs (query head, item)."""
-    head = tl.program_id(0)
+    """Joins the splits of decode rows that have several: programs (`HEADS` query heads, item).
+
+    `items [ND, 2]`: row and position of each, which is -1 past the last item. `SPLITS` parts are
+    read at once.
+    """
     item = tl.program_id(1)
-    if item >= tl.load(num_decodes_ptr):
-        return
-    row = tl.load(decode_rows_ptr + item)
-    position = tl.load(row_positions_ptr + row)
+    row = tl.load(items_ptr + item * 2)
+    position = tl.load(items_ptr + item * 2 + 1)
+    last_split = _last_split(position, SPLIT, TAIL)
     first_split = 0
     if HAS_WINDOW:
-        first_split = tl.maximum(position - tl.load(window_ptr) + 1, 0) // SPLIT
-    last_split = position // SPLIT
+        first_key = tl.maximum(position - tl.load(window_ptr) + 1, 0)
+        first_split = tl.minimum(first_key // SPLIT, last_split)
     if first_split == last_split:
         return
-    splits = tl.arange(0, SPLITS_PAD)
+    heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    exists = heads < NUM_HEADS
+    head_places = (item * NUM_HEADS + heads) * MAX_SPLITS
     dims = tl.arange(0, D_PAD)
-    used = (splits >= first_split) & (splits <= last_split)
-    places = (item * NUM_HEADS + head) * MAX_SPLITS + splits
-    peaks = tl.load(stats_ptr + places * 2, mask=used, other=MASKED)
-    totals = tl.load(stats_ptr + places * 2 + 1, mask=used, other=0.0)
-    accs = tl.load(
-        partial_ptr + places[:, None] * D + dims[None, :],
-        mask=used[:, None] & (dims < D)[None, :],
-        other=0.0,
-    )
-    peak = tl.max(peaks, 0)
-    shares = tl.where(used, tl.exp2(peaks * scale_log2 - peak * scale_log2), 0.0)
-    out = tl.sum(accs * shares[:, None], 0) / tl.sum(totals * shares, 0)
+    every = tl.arange(0, SPLITS_PAD)
+    used = exists[:, None] & ((every >= first_split) & (every <= last_split))[None, :]
+    stats = stats_ptr + (head_places[:, None] + every[None, :]) * 2
+    peaks = tl.load(stats, mask=used, other=MASKED)
+    totals = tl.load(stats + 1, mask=used, other=0.0)
+    scaled_peak = tl.max(peaks, 1) * scale_log2
+    shares = tl.exp2(peaks * scale_log2 - scaled_peak[:, None])
+    total = tl.sum(totals * shares, 1)
+    acc = tl.zeros([HEADS, D_PAD], tl.float32)
+    for first in range(first_split, last_split + 1, SPLITS):
+        some = first + tl.arange(0, SPLITS)
+        taken = exists[:, None] & (some <= last_split)[None, :]
+        places = head_places[:, None] + some[None, :]
+        some_peaks = tl.load(stats_ptr + places * 2, mask=taken, other=MASKED)
+        some_shares = tl.exp2(some_peaks * scale_log2 - scaled_peak[:, None])
+        accs = tl.load(
+            partial_ptr + places[:, :, None] * D + dims[None, None, :],
+            mask=taken[:, :, None] & (dims < D)[None, None, :],
+            other=0.0,
+        )
+        acc += tl.sum(accs * some_shares[:, :, None], 1)
+    out = acc / total[:, None]
     tl.store(
-        out_ptr + row * (NUM_HEADS * D) + head * D + dims,
+        out_ptr + row * (NUM_HEADS * D) + heads[:, None] * D + dims[None, :],
         out.to(out_ptr.dtype.element_ty),
-        mask=dims < D,
+        mask=exists[:, None] & (dims < D)[None, :],
     )
 
 

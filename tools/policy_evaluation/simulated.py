@@ -40,7 +40,7 @@ class EngineCostModel:
 
 
 def simulator_accuracy(
-    rig: Rig, *, num_requests: int = 80, load: float = 0.45, seed: int = 2
+    rig: Rig, *, num_requests: int = 60, load: float = 0.45, seed: int = 2
 ) -> Outcome:
     """SL8, with the accuracy of V12: the model is fitted to every second step.
 

@@ -40,8 +40,12 @@ def run_case(
     num_requests: int = 7,
     max_num_seqs: int = 6,
     num_pages: int = 60,
+    scored: bool = False,
 ) -> dict[str, Any]:
-    """Tokens and logprobs of each request; compilations and, with stages, idle rows."""
+    """Tokens and logprobs of each request; compilations and, with stages, idle rows.
+
+    `scored`: the golden's prompt is scored instead.
+    """
     import jax
 
     from jaxserve.engine.compilation import CompileCounter, ProgramBuild
@@ -74,13 +78,18 @@ def run_case(
     device = StepDevice(programs, load(settings), allocate(settings))
     executor = make_executor(device)
     settings, scheduler = make_scheduler(settings, executor)
-    requests = _requests(num_requests, model_config.vocab_size)
+    requests = _scored(model) if scored else _requests(num_requests, model_config.vocab_size)
     counter = CompileCounter()
     streams = _run(executor, scheduler, requests)
     counter.close()
     return {
-        "tokens": {name: tokens for name, (tokens, _) in streams.items()},
-        "logprobs": {name: logprobs for name, (_, logprobs) in streams.items()},
+        "tokens": {name: stream.token_ids for name, stream in streams.items()},
+        "logprobs": {
+            name: [entry.logprob for entry in stream.logprobs] for name, stream in streams.items()
+        },
+        "prompt_logprobs": [
+            entry.logprob for entry in next(iter(streams.values())).prompt_logprobs
+        ],
         "compiles": counter.count,
         "preemptions": scheduler.num_preemptions,
         "largest_part": _largest_part(device.params),
@@ -133,19 +142,34 @@ def _requests(count: int, vocab_size: int) -> list[Any]:
     return requests
 
 
+def _scored(model: str) -> list[Any]:
+    import numpy as np
+
+    from jaxserve.engine.sampling_params import SamplingParams
+    from tests.step.harness import make_request
+
+    golden = np.load(GOLDENS / model / "logits.npz", allow_pickle=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    prompt = tuple(golden["token_ids"].tolist())
+    return [make_request("golden", prompt, sampling, max_model_len=64)]
+
+
 def _run(executor: Any, scheduler: Any, requests: list[Any]) -> dict[str, Any]:
-    streams: dict[str, tuple[list[int], list[float]]] = {}
+    from tests.step.harness import Stream
+
+    streams = {}
     for request in requests:
-        streams[request.request_id] = ([], [])
+        streams[request.request_id] = Stream()
         scheduler.add(request)
     while scheduler.has_work:
         while executor.can_accept() and (plan := scheduler.plan(0.0)) is not None:
             executor.submit(plan)
         plan, results = executor.next_completion()
         for update in scheduler.commit(plan, results, 0.0):
-            tokens, logprobs = streams[update.request.request_id]
-            tokens += update.token_ids
-            logprobs += [entry.logprob for entry in update.logprobs]
+            stream = streams[update.request.request_id]
+            stream.token_ids += update.token_ids
+            stream.logprobs += update.logprobs
+            stream.prompt_logprobs += update.prompt_logprobs
     scheduler.check_integrity()
     return streams
 

@@ -120,6 +120,7 @@ def test_two_processes_answer_as_one_device_and_a_killed_follower_is_named(
     _check_end(pair, why)
 
 
+@pytest.mark.long
 def test_a_stopped_follower_is_named_within_the_limit(pair: ServerProcess) -> None:
     (follower,) = pair.children
     start_s = time.monotonic()

@@ -96,27 +96,6 @@ def test_a_client_that_stops_reading_is_cut_off(make_service):
     service.assert_idle()
 
 
-def test_an_unread_stream_is_bounded_in_tokens(service):
-    service.server.state.serving.async_engine._max_backlog_tokens = 100
-    service.executor.gate.clear()
-    body = {"prompt": "x", "max_tokens": 500, "logprobs": 20, "stream": True}
-
-    async def hold_loop() -> None:
-        time.sleep(0.5)
-
-    with connect(service) as end:
-        end.sendall(request_bytes("/v1/completions", body))
-        wait_for(lambda: service.engine.snapshot().num_running == 1)
-        service.executor.gate.set()
-        service.call(hold_loop())
-        received = b""
-        while b"0\r\n\r\n" not in received:
-            received += end.recv(1 << 16)
-    last = [line for line in received.split(b"\n") if line.startswith(b"data: ")][-1]
-    assert json.loads(last[6:])["error"]["code"] == "stream_too_slow"
-    service.assert_idle()
-
-
 @pytest.mark.parametrize("start", [b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
 def test_a_head_that_does_not_come_to_its_end_is_cut_off(make_service, start):
     service = make_service(server_settings={"http_head_timeout_s": 0.2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import openai
@@ -260,3 +261,23 @@ def test_version_and_unknown_paths(service):
     assert (status, reply["error"]["code"]) == (404, "not_found")
     status, _, reply = ask(service, "GET", "/v1/completions")
     assert (status, reply["error"]["code"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_load_generators_request_gives_the_tokens_it_counts(service, path):
+    """The body that guidellm 0.8 sends, which wants an exact number of tokens."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "script", "stream": True, "stream_options": options} | {
+        "stop": None,
+        "ignore_eos": True,
+    }
+    if "chat" in path:
+        parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+        body |= {"max_completion_tokens": 21, "messages": [{"role": "user", "content": parts}]}
+    else:
+        body |= {"max_tokens": 21, "prompt": "one two"}
+    status, _, text = post(service, path, body)
+    events = [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n")[:-2]]
+    assert status == 200
+    assert events[-1]["usage"]["completion_tokens"] == 21
+    assert events[-1]["choices"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -93,6 +94,28 @@ def test_a_client_that_stops_reading_is_cut_off(make_service):
             while piece := end.recv(1 << 16):
                 received += piece
         assert b"[DONE]" not in received[-100:]
+    service.assert_idle()
+
+
+def test_an_unread_stream_is_bounded_in_tokens(service):
+    service.server.state.serving.async_engine._max_backlog_tokens = 100
+    service.executor.gate.clear()
+    body = {"prompt": "x", "max_tokens": 500, "logprobs": 20, "stream": True}
+
+    async def hold_loop() -> None:
+        """Nothing is read before the engine has made twice what may be unread."""
+        service.executor.gate.set()
+        wait_for(lambda: service.engine.metrics.num_generation_tokens > 200, 60)
+
+    with connect(service) as end:
+        end.sendall(request_bytes("/v1/completions", body))
+        wait_for(lambda: service.engine.snapshot().num_running == 1)
+        asyncio.run_coroutine_threadsafe(hold_loop(), service.loop).result(timeout=90)
+        received = b""
+        while b"0\r\n\r\n" not in received:
+            received += end.recv(1 << 16)
+    last = [line for line in received.split(b"\n") if line.startswith(b"data: ")][-1]
+    assert json.loads(last[6:])["error"]["code"] == "stream_too_slow"
     service.assert_idle()
 
 

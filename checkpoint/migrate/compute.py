@@ -90,10 +90,8 @@ def _index(window: Window, source: PartSource) -> tuple[slice, ...]:
 
 
 def _read(part: PlannedPart, source: PartSource, index: tuple[slice, ...]) -> Array:
-    values: Array = source.read_part(part.source, (*_places(part), *index))[
-        (*(0,) * len(part.index), ...)
-    ]
-    return values
+    values = source.read_part(part.source, (*_places(part), *index))
+    return values.reshape(values.shape[len(part.index) :])
 
 
 def _read_into(part: PlannedPart, source: PartSource, index: tuple[slice, ...], out: Array) -> None:

@@ -39,6 +39,8 @@ class Transform:
     None when each row is on its own."""
     for_groups: Callable[[int], Transform] | None = None
     """The same transform of an array that has only so many of the groups."""
+    of_one: Transform | None = None
+    """The same transform of one of those that the first axis counts."""
 
     def of_groups(self, num_groups: int) -> Transform:
         """The transform for a part of the file's rows that has `num_groups` of its groups."""
@@ -54,6 +56,7 @@ TRANSPOSE_EACH = Transform(
     lambda a: a.swapaxes(-1, -2),
     lambda a: a.swapaxes(-1, -2),
     lambda shape: (*shape[:-2], shape[-1], shape[-2]),
+    of_one=TRANSPOSE,
 )
 """Of an array that stacks matrices on leading axes."""
 

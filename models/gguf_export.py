@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGUFValueType as Kind
 
 from checkpoint.errors import FormatError
 from checkpoint.formats.gguf_writer import GgufValue
 from models.config import ModelConfig
-from models.gguf_model import GEMMA3_LAYERS_A_WHOLE_ONE, config_from_gguf
+from models.gguf_config_export import config_metadata, count, text
 from models.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
-from models.ops.rope import rope_frequencies
-from models.registry import get_family
 from models.tokenizer import Tokenizer
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
-"""Those whose name is also the architecture's in GGUF."""
 QUANTIZATION_VERSION = 2
 FILE_TYPES = {
     "F32": 0,
@@ -63,22 +57,14 @@ def gguf_metadata(
             licence are then taken over as they are.
 
     Raises:
-        FormatError: the tokenizer has no form in GGUF; the message says why.
+        FormatError: the config or the tokenizer has no form in GGUF; the message says why.
     """
-    if config.family not in FAMILIES:
-        raise FormatError(
-            f"models of the family {config.family!r} cannot be written as GGUF yet, only "
-            f"{', '.join(FAMILIES)}"
-        )
-    described = _model_metadata(config)
-    _check_config(config, described)
     metadata = {
-        "general.architecture": _text(config.family),
-        "general.type": _text("model"),
-        "general.name": _text(name),
-        "general.quantization_version": _count(QUANTIZATION_VERSION),
-        "general.file_type": _count(FILE_TYPES[quantization]),
-        **described,
+        **config_metadata(config),
+        "general.type": text("model"),
+        "general.name": text(name),
+        "general.quantization_version": count(QUANTIZATION_VERSION),
+        "general.file_type": count(FILE_TYPES[quantization]),
     }
     if carried is not None:
         metadata |= {
@@ -89,79 +75,6 @@ def gguf_metadata(
     elif tokenizer is not None:
         metadata |= _tokenizer_metadata(tokenizer, config)
     return metadata
-
-
-def rope_factors(config: ModelConfig) -> npt.NDArray[np.float32] | None:
-    """The tensor `rope_freqs.weight`, `float32[D/2]`; None if the scaling needs none."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind == "linear":
-        return None
-    if scaling.kind == "factors":
-        return np.array(scaling.factors, np.float32)
-    plain = rope_frequencies(replace(config, rope_scaling=None))
-    factors: npt.NDArray[np.float32] = (plain / rope_frequencies(config)).astype(np.float32)
-    return factors
-
-
-def _model_metadata(config: ModelConfig) -> dict[str, GgufValue]:
-    values = {
-        "vocab_size": _count(config.vocab_size),
-        "context_length": _count(config.max_position_embeddings),
-        "embedding_length": _count(config.hidden_size),
-        "block_count": _count(config.num_layers),
-        "feed_forward_length": _count(config.intermediate_size),
-        "attention.head_count": _count(config.num_heads),
-        "attention.head_count_kv": _count(config.num_kv_heads),
-        "attention.key_length": _count(config.head_dim),
-        "attention.value_length": _count(config.head_dim),
-        "attention.layer_norm_rms_epsilon": GgufValue(Kind.FLOAT32, config.rms_norm_eps),
-        "rope.dimension_count": _count(config.head_dim),
-        "rope.freq_base": GgufValue(Kind.FLOAT32, config.rope_theta),
-    }
-    if config.sliding_window is not None:
-        values["attention.sliding_window"] = _count(config.sliding_window)
-    if config.family == "gemma3":
-        values |= _gemma3_metadata(config)
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        values["rope.scaling.type"] = _text("linear")
-        values["rope.scaling.factor"] = GgufValue(Kind.FLOAT32, config.rope_scaling.factor)
-    return {f"{config.family}.{key}": value for key, value in values.items()}
-
-
-def _gemma3_metadata(config: ModelConfig) -> dict[str, GgufValue]:
-    """Which layers have a window, and their rotary base."""
-    values = {}
-    if config.layer_windows:
-        (window,) = {window for window in config.layer_windows if window is not None}
-        period = config.layer_windows.index(None) + 1
-        values["attention.sliding_window"] = _count(window)
-        if period != GEMMA3_LAYERS_A_WHOLE_ONE:
-            values["attention.sliding_window_pattern"] = _count(period)
-    if config.rope_local_theta is not None:
-        values["rope.freq_base_swa"] = GgufValue(Kind.FLOAT32, config.rope_local_theta)
-    return values
-
-
-def _check_config(config: ModelConfig, described: Mapping[str, GgufValue]) -> None:
-    """The file must be read as this very model: better to fail here than there."""
-    metadata = {key: value.value for key, value in described.items()}
-    table = get_family(config.family).name_tables["gguf"](config)
-    names = [name for rule in table.rules for name, _ in rule.parts((config.num_layers,))]
-    read = config_from_gguf({**metadata, "general.architecture": config.family}, names)
-    read = replace(read, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
-    if config.family == "llama":  # The factors of its scaling are a tensor.
-        read = replace(read, rope_scaling=config.rope_scaling)
-    if read == config:
-        return
-    differing = [
-        field.name
-        for field in fields(config)
-        if getattr(read, field.name) != getattr(config, field.name)
-    ]
-    raise FormatError(
-        f"GGUF cannot say this of a {config.family} model: {differing[0]} "
-        f"{getattr(config, differing[0])!r} would be read as {getattr(read, differing[0])!r}"
-    )
 
 
 def _tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, GgufValue]:
@@ -180,13 +93,13 @@ def _tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, 
     if model.get("byte_fallback"):
         values |= _sentencepiece(described, tokens, types)
     else:
-        values["model"] = _text("gpt2")
-        values["pre"] = _text(_pre_tokenizer_name(described))
+        values["model"] = text("gpt2")
+        values["pre"] = text(_pre_tokenizer_name(described))
         values["merges"] = GgufValue(Kind.STRING, merges, is_array=True)
     values |= _special_ids(tokenizer)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     if tokenizer.chat_template:
-        metadata["tokenizer.chat_template"] = _text(tokenizer.chat_template)
+        metadata["tokenizer.chat_template"] = text(tokenizer.chat_template)
     _check_same(tokenizer, metadata)
     return metadata
 
@@ -235,7 +148,7 @@ def _sentencepiece(
     ]
     prefix = "Prepend" in json.dumps(described.get("normalizer"))
     return {
-        "model": _text("llama"),
+        "model": text("llama"),
         "scores": GgufValue(Kind.FLOAT32, scores, is_array=True),
         "add_space_prefix": GgufValue(Kind.BOOL, prefix),
     }
@@ -267,14 +180,14 @@ def _plain_pre_tokenizer(value: Any) -> Any:
 def _special_ids(tokenizer: Tokenizer) -> dict[str, GgufValue]:
     values: dict[str, GgufValue] = {}
     if tokenizer.bos_token_id is not None:
-        values["bos_token_id"] = _count(tokenizer.bos_token_id)
+        values["bos_token_id"] = count(tokenizer.bos_token_id)
     names = ("eos", "eot", "eom")
     if len(tokenizer.eos_token_ids) > len(names):
         raise FormatError(
             f"the model ends at {len(tokenizer.eos_token_ids)} tokens; GGUF has names for 3"
         )
     for name, token_id in zip(names, tokenizer.eos_token_ids, strict=False):
-        values[f"{name}_token_id"] = _count(token_id)
+        values[f"{name}_token_id"] = count(token_id)
     bare = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a")
     ends = tokenizer.eos_token_ids[:1]
@@ -311,7 +224,7 @@ def _typed(key: str, value: Any) -> GgufValue:
     if isinstance(value, bool):
         return GgufValue(Kind.BOOL, value)
     if isinstance(value, str):
-        return _text(value)
+        return text(value)
     if isinstance(value, int):
         return GgufValue(Kind.UINT32 if 0 <= value < 2**32 else Kind.INT64, value)
     if isinstance(value, float):
@@ -326,11 +239,3 @@ def _typed(key: str, value: Any) -> GgufValue:
 
 def _merge_text(merge: Any) -> str:
     return merge if isinstance(merge, str) else f"{merge[0]} {merge[1]}"
-
-
-def _text(value: str) -> GgufValue:
-    return GgufValue(Kind.STRING, value)
-
-
-def _count(value: int) -> GgufValue:
-    return GgufValue(Kind.UINT32, value)

@@ -1,16 +1,18 @@
 """Speed and memory of `jaxserve checkpoint convert` on a synthetic model of any size.
 
 Makes a Llama folder of random float32 weights, converts it in a process of its own, and prints
-time and peak memory beside two bounds: `cp -r` of the folder, and the sum of a plain read and a
-plain write of as many bytes (read to nowhere; written from memory and synced, as a conversion
-syncs its target).
+time and peak memory beside three bounds: `cp -r` of the folder, the same with a sync of what it
+wrote, and the sum of a plain read and a plain write of as many bytes (read to nowhere; written
+from memory and synced, as a conversion syncs its target). Rounds measure all by turns; the medians
+are printed, with the least and the most.
 
-    .venv/bin/python tools/bench_migration.py --gigabytes 1
-    .venv/bin/python tools/bench_migration.py --gigabytes 4 --largest-gigabytes 1.5 \\
+    .venv/bin/python tools/bench_migration.py --gigabytes 1 --rounds 5
+    .venv/bin/python tools/bench_migration.py --gigabytes 4 --largest-gigabytes 1.5 --tied \\
         --memory-budget 700MB --memory-cgroup /sys/fs/cgroup/memory/convert
 
 With `--memory-cgroup`, the kernel holds the process to the budget: the folder is made in a cgroup
-hierarchy (version 1 or 2) that you may write to.
+hierarchy (version 1 or 2) that you may write to. `--source` is where the model is kept for the
+next call.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,7 @@ class Measured:
     Attributes:
         to: the target's format.
         seconds: from the command's start to its end, without starting Python.
+        process_s: of the whole process, with Python's start and imports.
         peak_bytes: most memory that the process held.
         imports_bytes: what it held after its imports.
         num_bytes: of the model.
@@ -68,20 +72,28 @@ class Measured:
 
     to: str
     seconds: float
+    process_s: float
     peak_bytes: int
     imports_bytes: int
     num_bytes: int
 
 
-def write_synthetic(folder: Path, num_bytes: int, largest_bytes: int) -> int:
-    """A Llama folder whose embedding and head have `largest_bytes` each; returns its bytes."""
+def write_synthetic(
+    folder: Path, num_bytes: int, largest_bytes: int, *, is_tied: bool = False
+) -> int:
+    """A Llama folder whose embedding has `largest_bytes`, and its head, too, unless it is tied.
+
+    Returns:
+        Bytes of the tensors.
+    """
     folder.mkdir()
     hidden = 2048 if num_bytes >= 1 << 30 else 512
     vocab = largest_bytes // (4 * hidden) | 1  # Odd: nothing divides evenly.
     ffn = 2 * hidden
     layer_bytes = 4 * (4 * hidden * hidden + 3 * hidden * ffn + 2 * hidden)
-    num_layers = max(1, (num_bytes - 2 * vocab * hidden * 4) // layer_bytes)
-    tensors = list(_tensors(vocab, hidden, ffn, num_layers))
+    num_tables = 1 if is_tied else 2
+    num_layers = max(1, (num_bytes - num_tables * vocab * hidden * 4) // layer_bytes)
+    tensors = list(_tensors(vocab, hidden, ffn, num_layers))[: None if not is_tied else -1]
     fields = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -93,7 +105,7 @@ def write_synthetic(folder: Path, num_bytes: int, largest_bytes: int) -> int:
         "num_key_value_heads": hidden // HEAD_DIM,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": is_tied,
     }
     (folder / "config.json").write_text(json.dumps(fields))
     total = sum(tensor.num_bytes for tensor in tensors)
@@ -142,6 +154,7 @@ def measure_conversion(
     arguments = ["convert", str(source), str(target), "--to", to, "--json"]
     if memory_budget is not None:
         arguments += ["--memory-budget", memory_budget]
+    start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, "-c", CHILD, "checkpoint", *arguments],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -150,13 +163,15 @@ def measure_conversion(
         check=False,
         preexec_fn=None if cgroup is None else lambda: _enter(cgroup),
     )
+    process_s = time.perf_counter() - start
     found = [line for line in process.stdout.splitlines() if line.startswith("MEASURED ")]
     result = (
         json.loads(found[0].removeprefix("MEASURED ")) if found else {"code": process.returncode}
     )
     if result["code"] != 0:
         raise RuntimeError(f"exit code {result['code']}:\n{process.stdout}{process.stderr}")
-    return Measured(to, result["seconds"], result["peak"], result["imports"], num_bytes)
+    peak, imports = result["peak"], result["imports"]
+    return Measured(to, result["seconds"], process_s, peak, imports, num_bytes)
 
 
 def make_cgroup(path: Path, limit_bytes: int) -> None:
@@ -170,13 +185,16 @@ def _enter(cgroup: Path) -> None:
     (cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
 
-def seconds_of_copy(source: Path, target: Path) -> float:
-    """`cp -r` and a sync of what was written."""
+def seconds_of_copy(source: Path, target: Path, *, is_synced: bool) -> float:
+    """`cp -r`, and a sync of what was written. Deletes the copy afterwards."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
-    for path in target.iterdir():
-        _sync(path)
-    return time.perf_counter() - start
+    if is_synced:
+        for path in target.iterdir():
+            _sync(path)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
 
 
 def seconds_of_plain_io(file: Path, target: Path) -> tuple[float, float]:
@@ -206,6 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the model")
     parser.add_argument("--largest-gigabytes", type=float, default=0.1, help="of one tensor")
+    parser.add_argument("--tied", action="store_true", help="the head is the embedding")
+    parser.add_argument("--source", type=Path, help="the model: made if missing, and kept")
     parser.add_argument("--to", nargs="+", default=["safetensors", "gguf", "orbax"])
     parser.add_argument("--memory-budget", help="as of the command")
     parser.add_argument("--memory-cgroup", type=Path, help="made with the budget as its limit")
@@ -226,17 +246,22 @@ def main() -> None:
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All measurements, bounds and conversions by turns."""
-    source = folder / "source"
-    num_bytes = write_synthetic(
-        source, int(args.gigabytes * 1e9), int(args.largest_gigabytes * 1e9)
-    )
+    source = args.source or folder / "source"
+    if not source.exists():
+        largest = int(args.largest_gigabytes * 1e9)
+        write_synthetic(source, int(args.gigabytes * 1e9), largest, is_tied=args.tied)
+    num_bytes = (source / "model.safetensors").stat().st_size
     rounds = []
     for _ in range(args.rounds):
-        copy_s = seconds_of_copy(source, folder / "copy")
-        shutil.rmtree(folder / "copy")
+        copy_s = seconds_of_copy(source, folder / "copy", is_synced=False)
+        synced_s = seconds_of_copy(source, folder / "copy", is_synced=True)
         read_s, write_s = seconds_of_plain_io(source / "model.safetensors", folder / "plain")
         (folder / "plain").unlink()
-        entry: dict[str, Any] = {"copy_s": copy_s, "read_s": read_s, "write_s": write_s}
+        entry: dict[str, Any] = {
+            "copy_s": copy_s,
+            "synced_copy_s": synced_s,
+            "plain_s": read_s + write_s,
+        }
         for to in args.to:
             target = folder / ("made.gguf" if to == "gguf" else "made")
             measured = measure_conversion(
@@ -250,29 +275,39 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             entry[to] = asdict(measured)
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         rounds.append(entry)
+        print(text_of({"num_bytes": num_bytes, "rounds": [entry]}), file=sys.stderr, flush=True)
     return {"num_bytes": num_bytes, "rounds": rounds}
 
 
 def text_of(report: dict[str, Any]) -> str:
     """A line a measurement."""
-    size = report["num_bytes"]
-    lines = [f"model of {size / 1e9:.2f} GB"]
-    for entry in report["rounds"]:
-        bound = entry["read_s"] + entry["write_s"]
+    size, rounds = report["num_bytes"], report["rounds"]
+    bounds = {
+        name: [entry[name] for entry in rounds] for name in ("copy_s", "synced_copy_s", "plain_s")
+    }
+    lines = [
+        f"model of {size / 1e9:.2f} GB, {len(rounds)} rounds",
+        f"cp {_spread(bounds['copy_s'])}; cp and sync {_spread(bounds['synced_copy_s'])}",
+        f"plain read + plain write {_spread(bounds['plain_s'])}",
+    ]
+    for to in (name for name, found in rounds[0].items() if isinstance(found, dict)):
+        found = [entry[to] for entry in rounds]
+        seconds = [one["seconds"] for one in found]
+        middle = median(seconds)
         lines.append(
-            f"cp and sync {entry['copy_s']:.2f} s; plain read {entry['read_s']:.2f} s + plain "
-            f"write {entry['write_s']:.2f} s = {size / 1e6 / bound:.0f} MB/s"
+            f"  to {to:<12} {_spread(seconds)}, {size / 1e6 / middle:.0f} MB/s, "
+            f"{100 * median(bounds['plain_s']) / middle:.0f} % of read + write, "
+            f"{middle / median(bounds['copy_s']):.2f} x cp, "
+            f"{middle / median(bounds['synced_copy_s']):.2f} x cp and sync; whole process "
+            f"{_spread([one['process_s'] for one in found])}; peak "
+            f"{max(one['peak_bytes'] for one in found) / 1e6:.0f} MB, imports "
+            f"{max(one['imports_bytes'] for one in found) / 1e6:.0f} MB"
         )
-        for to, found in entry.items():
-            if isinstance(found, dict):
-                lines.append(
-                    f"  to {to:<12} {found['seconds']:6.2f} s, {size / 1e6 / found['seconds']:.0f} "
-                    f"MB/s, {100 * bound / found['seconds']:.0f} % of the bound, "
-                    f"{found['seconds'] / entry['copy_s']:.2f} x cp; peak "
-                    f"{found['peak_bytes'] / 1e6:.0f} MB, imports "
-                    f"{found['imports_bytes'] / 1e6:.0f} MB"
-                )
     return "\n".join(lines)
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 if __name__ == "__main__":

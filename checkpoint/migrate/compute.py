@@ -10,44 +10,68 @@ import numpy.typing as npt
 from checkpoint.formats.gguf_blocks import encode_rows
 from checkpoint.migrate.errors import MigrationError
 from checkpoint.migrate.parts import PartSource
-from checkpoint.migrate.plan import PlannedPart, Window, num_rows
+from checkpoint.migrate.plan import PlannedPart, Window, block_rows, is_copied, num_rows
+from checkpoint.migrate.tiles import copy_tiled
 from checkpoint.name_table import Transform
+from checkpoint.store.direct_file import Bytes
 from checkpoint.store.tree import DTYPES
 
 Array: TypeAlias = npt.NDArray[Any]
 
 
-def compute_window(window: Window, source: PartSource) -> Array:
-    """The target's values of a window: C-order, of the target's dtype, or `uint8[rows, bytes]`
-    when the target is quantised.
+def compute_window(window: Window, source: PartSource, buffer: Bytes) -> Array:
+    """Fill `buffer`, of the window's size, with its bytes in the target.
+
+    Returns:
+        The same memory as the values: C-order, of the target's dtype, or flat bytes when the
+        target is quantised.
 
     Raises:
         MigrationError: a value does not fit the target's dtype; the message names the array.
         FormatError, StoreError, OSError: the source cannot be read.
     """
-    leafwise = _transformed(window, source)
-    quantization = window.array.quantization
-    if quantization is not None:
-        return encode_rows(_finite(leafwise, window.array.name), quantization)
-    return _cast(leafwise, DTYPES[window.array.dtype], window.array.name)
+    array, part = window.array, window.part
+    if array.quantization is not None:
+        values = _finite(_transformed(window, source), array.name)
+        buffer[:] = encode_rows(values, array.quantization).reshape(-1)
+        return buffer
+    shape = (window.stop - window.start, *part.shape[1:]) if part.shape else ()
+    out = buffer.view(DTYPES[array.dtype]).reshape(shape)
+    if is_copied(array, part, source):
+        _read_into(part, source, _index(window, source), out)
+    elif block_rows(part, source) is not None:
+        _fill_columns(window, source, out)
+    else:
+        _cast_into(out, _transformed(window, source), array.name)
+    return out
+
+
+def _fill_columns(window: Window, source: PartSource, out: Array) -> None:
+    """Where the target's columns are the source's rows: some of them after the other."""
+    part = window.part
+    step = block_rows(part, source)
+    assert step is not None
+    rows, *rest = _index(window, source)
+    first, last, _ = rows.indices(part.shape[-1])
+    widths = [columns.stop - columns.start for columns in rest]
+    block = np.empty((min(step, last - first), *widths), source.dtype(part.source))
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        values = block[: stop - start]
+        _read_into(part, source, (slice(start, stop), *rest), values)
+        made = part.to_file.to_file(part.to_leaf.to_leaf(values))
+        _cast_into(out[..., start:stop], made, window.array.name)
 
 
 def _transformed(window: Window, source: PartSource) -> Array:
     part = window.part
-    shape = source.shape(part.source)
-    if part.layer is not None:
-        shape = shape[1:]
-    rows = slice(window.start, window.stop)
-    is_whole = (window.start, window.stop) == (0, num_rows(part))
-    index = [slice(0, size) for size in shape]
     to_leaf, to_file = part.to_leaf, part.to_file
-    if not is_whole:
-        index[-1 if part.swaps_axes else 0] = rows
-        to_file = _for_rows(to_file, part, window.stop - window.start)
+    if (window.start, window.stop) != (0, num_rows(part)):
+        rows = window.stop - window.start
+        to_file = _for_rows(to_file, part, rows)
         if not part.swaps_axes:
-            to_leaf = _for_rows(to_leaf, part, window.stop - window.start)
-    values = _read(part, source, tuple(index))
-    leaf = to_leaf.to_leaf(values)
+            to_leaf = _for_rows(to_leaf, part, rows)
+    leaf = to_leaf.to_leaf(_read(part, source, _index(window, source)))
     if part.low_rank is not None:
         update = np.float32(part.low_rank.scale) * (part.low_rank.a @ part.low_rank.b)
         leaf = leaf.astype(np.float32) + update  # Rounded once, to the target's dtype.
@@ -55,12 +79,27 @@ def _transformed(window: Window, source: PartSource) -> Array:
     return made
 
 
+def _index(window: Window, source: PartSource) -> tuple[slice, ...]:
+    """What the window is made of, in the source's array or its layer."""
+    part = window.part
+    shape = source.shape(part.source)[len(part.index) :]
+    index = [slice(0, size) for size in shape]
+    if (window.start, window.stop) != (0, num_rows(part)):
+        index[-1 if part.swaps_axes else 0] = slice(window.start, window.stop)
+    return tuple(index)
+
+
 def _read(part: PlannedPart, source: PartSource, index: tuple[slice, ...]) -> Array:
-    if part.layer is None:
-        return source.read_part(part.source, index)
-    layer = slice(part.layer, part.layer + 1)
-    values: Array = source.read_part(part.source, (layer, *index))[0]
-    return values
+    values = source.read_part(part.source, (*_places(part), *index))
+    return values.reshape(values.shape[len(part.index) :])
+
+
+def _read_into(part: PlannedPart, source: PartSource, index: tuple[slice, ...], out: Array) -> None:
+    source.read_into(part.source, (*_places(part), *index), out[(*(None,) * len(part.index), ...)])
+
+
+def _places(part: PlannedPart) -> tuple[slice, ...]:
+    return tuple(slice(place, place + 1) for place in part.index)
 
 
 def _for_rows(transform: Transform, part: PlannedPart, rows: int) -> Transform:
@@ -69,21 +108,21 @@ def _for_rows(transform: Transform, part: PlannedPart, rows: int) -> Transform:
     return transform.of_groups(rows * transform.num_groups // part.shape[0])
 
 
-def _cast(values: Array, dtype: np.dtype[Any], name: str) -> Array:
-    if values.dtype == dtype:
-        return np.asarray(values, order="C")  # Not `ascontiguousarray`: it has no rank 0.
+def _cast_into(out: Array, values: Array, name: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = values.astype(dtype, order="C")
+        copy_tiled(out, values)
+    dtype = out.dtype
+    if values.dtype == dtype:
+        return
     is_narrower = np.issubdtype(dtype, np.floating) or dtype.kind == "V"
     if (is_narrower and dtype.itemsize < values.dtype.itemsize) or dtype == np.float16:
-        lost = np.isinf(cast.astype(np.float32)) & np.isfinite(values.astype(np.float32))
+        lost = np.isinf(out.astype(np.float32)) & np.isfinite(values.astype(np.float32))
         if lost.any():
             worst = float(np.abs(values[lost].astype(np.float32)).max())
             raise MigrationError(
                 f"{name} holds values up to {worst:.4g}, which {dtype.name} cannot; "
                 "choose --dtype bfloat16 or float32"
             )
-    return cast
 
 
 def _finite(values: Array, name: str) -> Array:

@@ -48,6 +48,16 @@ class PartSource(Protocol):
         """The values at `index`, which has a slice for each axis, all of step 1."""
         ...
 
+    def read_into(self, name: str, index: tuple[slice, ...], out: Array) -> None:
+        """Fill `out`, C-order and of this shape and dtype, as `read_part` would; without a copy
+        where the values lie so."""
+        ...
+
+    def rows_at_once(self, name: str, axis: int) -> int:
+        """How many indices of an axis are best read together, with all of the axes after it or
+        with some."""
+        ...
+
     def extra_bytes(self, name: str) -> int:
         """Memory that reading any part takes beside the part itself."""
         ...
@@ -80,6 +90,11 @@ class FileParts:
         location = self._location(name)
         return location.dtype.name if location.dtype else str(location.quantization.name)  # type: ignore[union-attr]
 
+    def rows_at_once(self, name: str, axis: int) -> int:
+        """See PartSource."""
+        location = self._location(name)
+        return max(1, BLOCK_BYTES * prod(location.shape[: axis + 1]) // max(1, location.num_bytes))
+
     def extra_bytes(self, name: str) -> int:
         """See PartSource."""
         location = self._location(name)
@@ -92,12 +107,9 @@ class FileParts:
             return self._read_rows(location, 0, 1).reshape(())
         start, stop, _ = index[0].indices(location.shape[0])
         rest = index[1:]
-        wanted = [
-            part.indices(size)[:2] for part, size in zip(rest, location.shape[1:], strict=True)
-        ]
-        if wanted == [(0, size) for size in location.shape[1:]]:
+        if _is_whole(rest, location.shape[1:]):
             return self._read_rows(location, start, stop)
-        step = max(1, BLOCK_BYTES * location.shape[0] // max(1, location.num_bytes))
+        step = self.rows_at_once(name, 0)
         blocks = (
             self._read_rows(location, first, min(first + step, stop))[(slice(None), *rest)]
             for first in range(start, stop, step)
@@ -111,6 +123,15 @@ class FileParts:
             done += len(block)
         return out
 
+    def read_into(self, name: str, index: tuple[slice, ...], out: Array) -> None:
+        """See PartSource. Raises OSError, FormatError."""
+        location = self._location(name)
+        if location.dtype is None or not index or not _is_whole(index[1:], location.shape[1:]):
+            out[...] = self.read_part(name, index)
+        elif out.size:
+            first = index[0].indices(location.shape[0])[0] * (out.nbytes // len(out))
+            self._read_bytes(location, location.offset + first, out.reshape(-1).view(np.uint8))
+
     def close(self) -> None:
         """See PartSource."""
         for descriptor in self._descriptors.values():
@@ -122,14 +143,16 @@ class FileParts:
             return np.empty((stop - start, *location.shape[1:]), location.dtype or np.float32)
         bytes_a_row = location.num_bytes // (location.shape[0] if location.shape else 1)
         raw = np.empty((stop - start) * bytes_a_row, np.uint8)
-        self._read_into(location, location.offset + start * bytes_a_row, raw)
+        self._read_bytes(location, location.offset + start * bytes_a_row, raw)
         shape = (stop - start, *location.shape[1:])
         if location.dtype is not None:
             return raw.view(location.dtype).reshape(shape)
         assert location.quantization is not None
         return decode_rows(raw, location.shape[-1], location.quantization).reshape(shape)
 
-    def _read_into(self, location: TensorLocation, offset: int, out: npt.NDArray[np.uint8]) -> None:
+    def _read_bytes(
+        self, location: TensorLocation, offset: int, out: npt.NDArray[np.uint8]
+    ) -> None:
         descriptor = self._descriptor(location.path)
         view = out.data
         while view:
@@ -172,6 +195,10 @@ class StepParts:
         """See PartSource."""
         return self._step.arrays[name].dtype
 
+    def rows_at_once(self, name: str, axis: int) -> int:
+        """See PartSource."""
+        return 1 if 0 in self.shape(name) else self._step.chunk_shape(name)[axis]
+
     def extra_bytes(self, name: str) -> int:
         """See PartSource: a chunk is read as a whole."""
         if 0 in self.shape(name):
@@ -180,17 +207,26 @@ class StepParts:
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> Array:
         """See PartSource. Raises CorruptStep, StoreUnreadable."""
+        ranges = [
+            part.indices(size)[:2] for part, size in zip(index, self.shape(name), strict=True)
+        ]
+        out = np.empty(tuple(stop - start for start, stop in ranges), self.dtype(name))
+        self.read_into(name, index, out)
+        return out
+
+    def read_into(self, name: str, index: tuple[slice, ...], out: Array) -> None:
+        """See PartSource. Raises CorruptStep, StoreUnreadable."""
         shape = self.shape(name)
         ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         sizes = tuple(stop - start for start, stop in ranges)
-        out = np.empty(sizes, self.dtype(name))
         if out.size == 0:
-            return out
-        # One chunk after the other along the second axis from the front of which only a part
-        # is wanted: all at once, TensorStore would hold every chunk that is touched.
-        axis = 1 if len(shape) > 2 and sizes[0] == 1 else 0
+            return
+        # One chunk after the other along the first axis of which more than one is wanted: all at
+        # once, TensorStore would hold every chunk that is touched.
+        axis = next((number for number, size in enumerate(sizes[:-1]) if size != 1), 0)
         if not shape:
-            return self._step.read_part(name, ())
+            out[...] = self._step.read_part(name, ())
+            return
         step = max(1, self._step.chunk_shape(name)[axis])
         first, last = ranges[axis]
         begin = first
@@ -202,8 +238,11 @@ class StepParts:
             target[axis] = slice(begin - first, end - first)
             out[tuple(target)] = self._step.read_part(name, tuple(source))
             begin = end
-        return out
 
     def close(self) -> None:
         """See PartSource."""
         self._step.close()
+
+
+def _is_whole(index: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    return all(part.indices(size)[:2] == (0, size) for part, size in zip(index, shape, strict=True))

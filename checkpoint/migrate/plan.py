@@ -37,7 +37,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class PlannedPart:
-    """A target array, or one layer of it: where its values come from.
+    """A target array, or one layer or expert of it: where its values come from.
 
     The source's values go through `to_leaf`'s way to the leaf and through `to_file`'s from
     the leaf to the target.
@@ -45,8 +45,8 @@ class PlannedPart:
 
     source: str
     """Name of the source's array."""
-    layer: int | None
-    """Its index on the source's first axis, when that is the layers."""
+    index: tuple[int, ...]
+    """Its place on the source's first axes, when those are layers or experts."""
     shape: tuple[int, ...]
     """Of this part in the target."""
     to_leaf: Transform = IDENTITY
@@ -79,8 +79,12 @@ class PlannedArray:
     dtype: str
     """NumPy's name, or a GGUF quantisation."""
     parts: tuple[PlannedPart, ...]
-    """One, or one for each index of the first axis."""
-    is_stacked: bool = False
+    """One, or one for each index of the first axes."""
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """The sizes of the axes that count the parts: none, layers, experts, or both."""
+        return self.shape[: len(self.shape) - len(self.parts[0].shape)]
 
     @property
     def quantization(self) -> GGMLQuantizationType | None:
@@ -212,17 +216,36 @@ class Plan:
         return max(
             (
                 sum(_cost(window, source) for window in batch)
-                + max(source.extra_bytes(window.part.source) for window in batch)
+                + max(_passing_bytes(window, source) for window in batch)
                 for batch in self.batches(source)
             ),
             default=0,
         )
 
 
+def is_copied(array: PlannedArray, part: PlannedPart, source: PartSource) -> bool:
+    """Whether the target has the source's bytes in their order."""
+    is_same = part.to_leaf.name == part.to_file.name and part.low_rank is None
+    return is_same and source.stored_dtype(part.source) == array.dtype
+
+
+def block_rows(part: PlannedPart, source: PartSource) -> int | None:
+    """How many of the source's rows are made columns of the target at a time; None where the
+    part is not made so."""
+    groups = part.to_leaf.num_groups or part.to_file.num_groups
+    if not part.swaps_axes or groups or part.low_rank is not None or len(part.shape) != 2:
+        return None
+    return source.rows_at_once(part.source, len(part.index))
+
+
 def window_cost(array: PlannedArray, part: PlannedPart, source: PartSource) -> int:
     """Bytes of memory for a whole part: as read, transformed, cast or encoded."""
+    if is_copied(array, part, source):
+        return array.num_part_bytes
     elements = prod(part.shape)
     read_bytes = elements * source.dtype(part.source).itemsize
+    if block_rows(part, source) is not None and array.quantization is None:
+        return array.num_part_bytes
     as_read = read_bytes * (2 if source.stored_dtype(part.source) not in DTYPES else 1)
     changed = (
         read_bytes if part.swaps_axes or part.to_leaf.num_groups or part.to_file.num_groups else 0
@@ -234,6 +257,16 @@ def window_cost(array: PlannedArray, part: PlannedPart, source: PartSource) -> i
 def _cost(window: Window, source: PartSource) -> int:
     rows = window.stop - window.start
     return window_cost(window.array, window.part, source) * rows // max(1, num_rows(window.part))
+
+
+def _passing_bytes(window: Window, source: PartSource) -> int:
+    """Held while a window is computed, beside what its cost says."""
+    part = window.part
+    rows = block_rows(part, source)
+    read = 0
+    if rows is not None:
+        read = rows * (window.stop - window.start) * source.dtype(part.source).itemsize
+    return source.extra_bytes(part.source) + read
 
 
 def max_in_flight(plan: Plan, source: PartSource, num_workers: int, memory_bytes: int) -> int:
@@ -260,4 +293,4 @@ def _described(part: PlannedPart) -> list[Any]:
     if low_rank is not None:
         content = low_rank.a.tobytes() + low_rank.b.tobytes() + str(low_rank.scale).encode()
         added = hashlib.sha256(content).hexdigest()
-    return [part.source, part.layer, part.shape, part.to_leaf.name, part.to_file.name, added]
+    return [part.source, part.index, part.shape, part.to_leaf.name, part.to_file.name, added]

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
 from blake3 import blake3
 
 from checkpoint.migrate.compute import compute_window
@@ -19,6 +18,7 @@ from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, Window
 from checkpoint.migrate.target import Piece, Target
 from checkpoint.store.digests import array_hash
+from checkpoint.store.direct_file import bytes_of
 
 OnWindow: TypeAlias = Callable[[int, bool], None]
 """Called as `on_window(num_bytes, was_written)`, from the thread that streams."""
@@ -34,7 +34,7 @@ def stream(
     max_in_flight: int,
     on_window: OnWindow,
 ) -> dict[str, str]:
-    """Write every window that is not there yet, and read back each that is written.
+    """Write every window that is not there yet, and read back the ends of each that is written.
 
     Windows that the journal has are computed again, and must come to the same.
 
@@ -65,7 +65,7 @@ def stream(
             for hashed, is_new in zip(written.pieces, written.is_new, strict=True):
                 on_window(hashed.window.num_bytes, is_new)
 
-        for pieces in _computed(readers, plan.batches(source), source, max_in_flight):
+        for pieces in _computed(readers, plan.batches(source), source, target, max_in_flight):
             batch = [prefixes.take(piece) for piece in pieces]  # While the one before is written.
             settle()
             writing = writer.submit(_write, target, batch)
@@ -107,7 +107,7 @@ class _Prefixes:
         array = window.array
         if window.part_index == window.start == 0:
             self._hash = array_hash(array.dtype, array.shape)
-        self._hash.update(values.reshape(-1).view(np.uint8).data)
+        self._hash.update(bytes_of(values).data)
         prefix = self._hash.hexdigest()
         known = self._journal.done.get(key_of(window))
         if known is not None and known != prefix:
@@ -127,7 +127,8 @@ def _write(target: Target, batch: list[_Hashed]) -> _Written:
     is_new = [not hashed.is_known or not next(there) for hashed in batch]
     new = [hashed.piece for hashed, is_wanted in zip(batch, is_new, strict=True) if is_wanted]
     target.write(new)
-    for (window, _), is_there in zip(new, target.holds(new), strict=True):
+    # Whether the bytes arrived where they belong; `verify` reads every one of them.
+    for (window, _), is_there in zip(new, target.holds(new, ends_only=True), strict=True):
         if not is_there:
             raise VerificationFailed(
                 f"{window.array.name}, read back from the target, is not what was written; is "
@@ -140,13 +141,14 @@ def _computed(
     pool: ThreadPoolExecutor,
     batches: Iterable[tuple[Window, ...]],
     source: PartSource,
+    target: Target,
     max_in_flight: int,
 ) -> Iterator[list[Piece]]:
     """Batches with their values, in order; at most `max_in_flight` are in memory."""
     pending: deque[Future[list[Piece]]] = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(_compute, batch, source))
+            pending.append(pool.submit(_compute, batch, source, target))
             if len(pending) >= max_in_flight:
                 yield pending.popleft().result()
         while pending:
@@ -156,9 +158,9 @@ def _computed(
             future.cancel()
 
 
-def _compute(batch: tuple[Window, ...], source: PartSource) -> list[Piece]:
+def _compute(batch: tuple[Window, ...], source: PartSource, target: Target) -> list[Piece]:
     pieces = []
     for window in batch:
         with naming(window.array.name, "read"):
-            pieces.append((window, compute_window(window, source)))
+            pieces.append((window, compute_window(window, source, target.buffer(window))))
     return pieces

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from blake3 import blake3
 from checkpoint.migrate.errors import naming
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, Window
-from checkpoint.store.array_files import COMPARE_BYTES, ArrayFiles, Chunk
-from checkpoint.store.durable import start_writeback
+from checkpoint.store.array_files import ArrayFiles, Chunk
+from checkpoint.store.direct_file import Bytes, DirectFile, buffer_at, bytes_of
 from checkpoint.store.layout import ARRAYS
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -27,15 +26,24 @@ FileDigests: TypeAlias = dict[str, tuple[int, str]]
 """Size in bytes and BLAKE3, by path relative to the target's folder."""
 
 
+READ_BACK_BYTES = 1 << 20
+"""Of each end of a window that was just written."""
+
+
 class Target(Protocol):
     """Where windows go, all of them, in the plan's order, in batches."""
+
+    def buffer(self, window: Window) -> Bytes:
+        """Memory for a window's bytes, from which they are written without a copy."""
+        ...
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """Write a batch. Raises WriteFailed, ValueError."""
         ...
 
-    def holds(self, pieces: Sequence[Piece]) -> list[bool]:
-        """For each piece whether the files, read again, hold its values. Raises WriteFailed."""
+    def holds(self, pieces: Sequence[Piece], *, ends_only: bool = False) -> list[bool]:
+        """For each piece whether the files, read again, hold its values, or the first and the
+        last of them. Raises WriteFailed."""
         ...
 
     def add(self, pieces: Sequence[Piece]) -> None:
@@ -74,16 +82,14 @@ class _File:
 
     def __init__(self, folder: Path, layout: FileLayout) -> None:
         self.layout = layout
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.descriptor = os.open(folder / layout.name, flags, 0o644)
-        os.ftruncate(self.descriptor, layout.num_bytes)
-        _write_all(self.descriptor, memoryview(layout.header), 0)
+        self.data = DirectFile(folder / layout.name, layout.num_bytes)
+        self.data.write(np.frombuffer(layout.header, np.uint8), 0)
         self._hash = blake3(layout.header)
         self._hashed_bytes = len(layout.header)
 
-    def add(self, offset: int, values: memoryview) -> None:
+    def add(self, offset: int, values: Bytes) -> None:
         self._pad_to(offset)
-        self._hash.update(values)
+        self._hash.update(values.data)
         self._hashed_bytes += len(values)
 
     def finish(self) -> tuple[int, str]:
@@ -130,31 +136,30 @@ class FileTarget:
             self._files.append(file)
             self._of_array.update(dict.fromkeys(layout.offsets, file))
         self._hasher = _OneBehind()
-        self._found = np.empty(COMPARE_BYTES, np.uint8)
+
+    def buffer(self, window: Window) -> Bytes:
+        """See Target."""
+        return buffer_at(self._place(window)[1], window.num_bytes)
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """See Target."""
         for window, values in pieces:
             file, offset = self._place(window)
             with naming(window.array.name, "written"):
-                _write_all(file.descriptor, _bytes(values), offset)
+                file.data.write(bytes_of(values), offset)
 
-    def holds(self, pieces: Sequence[Piece]) -> list[bool]:
+    def holds(self, pieces: Sequence[Piece], *, ends_only: bool = False) -> list[bool]:
         """See Target."""
-        return [self._holds(window, values) for window, values in pieces]
+        return [self._holds(window, values, ends_only) for window, values in pieces]
 
-    def _holds(self, window: Window, values: Array) -> bool:
+    def _holds(self, window: Window, values: Array, ends_only: bool) -> bool:
         file, offset = self._place(window)
-        wanted = _bytes(values)
-        for start in range(0, len(wanted), COMPARE_BYTES):
-            piece = np.frombuffer(wanted[start : start + COMPARE_BYTES], np.uint8)
-            found = self._found[: len(piece)]
-            with naming(window.array.name, "read back"):
-                num_read = os.preadv(file.descriptor, [found.data], offset + start)
-            if num_read != len(piece) or not np.array_equal(found, piece):
-                return False
-        start_writeback(file.descriptor, offset, len(wanted))
-        return True
+        wanted = bytes_of(values)
+        with naming(window.array.name, "read back"):
+            return all(
+                file.data.holds(wanted[part], offset + part.start)
+                for part in _to_read(len(wanted), ends_only)
+            )
 
     def add(self, pieces: Sequence[Piece]) -> None:
         """See Target."""
@@ -163,7 +168,7 @@ class FileTarget:
     def _add(self, pieces: Sequence[Piece]) -> None:
         for window, values in pieces:
             file, offset = self._place(window)
-            file.add(offset, _bytes(values))
+            file.add(offset, bytes_of(values))
 
     def finish(self) -> FileDigests:
         """See Target."""
@@ -174,7 +179,7 @@ class FileTarget:
         """See Target."""
         self._hasher.close()
         while self._files:
-            os.close(self._files.pop().descriptor)
+            self._files.pop().data.close()
 
     def _place(self, window: Window) -> tuple[_File, int]:
         file = self._of_array[window.array.name]
@@ -202,6 +207,10 @@ class StoreTarget:
             array.name: plan.rows_a_window(array, array.parts[0], source) for array in plan.arrays
         }
 
+    def buffer(self, window: Window) -> Bytes:
+        """See Target."""
+        return buffer_at(0, window.num_bytes)
+
     def write(self, pieces: Sequence[Piece]) -> None:
         """See Target."""
         for window, values in pieces:
@@ -214,9 +223,9 @@ class StoreTarget:
             with naming(window.array.name, "written"):
                 self._files.write(self._chunk(window, values))
 
-    def holds(self, pieces: Sequence[Piece]) -> list[bool]:
+    def holds(self, pieces: Sequence[Piece], *, ends_only: bool = False) -> list[bool]:
         """See Target."""
-        return [self._holds(window, values) for window, values in pieces]
+        return [self._holds(window, values, ends_only) for window, values in pieces]
 
     def add(self, pieces: Sequence[Piece]) -> None:
         """See Target."""
@@ -233,11 +242,12 @@ class StoreTarget:
         """See Target."""
         self._hasher.close()
 
-    def _holds(self, window: Window, values: Array) -> bool:
+    def _holds(self, window: Window, values: Array, ends_only: bool) -> bool:
         if 0 in window.array.shape:
             return True
+        chunk = self._chunk(window, values)
         with naming(window.array.name, "read back"):
-            return self._files.holds(self._chunk(window, values))
+            return self._files.holds(chunk, _to_read(chunk.num_bytes, ends_only))
 
     def _add(self, pieces: Sequence[Piece]) -> None:
         for window, values in pieces:
@@ -252,20 +262,17 @@ class StoreTarget:
         rows = self._rows[array.name]
         shape = (rows, *part.shape[1:]) if part.shape else ()
         position = (window.start // rows, *(0 for _ in part.shape[1:])) if part.shape else ()
-        if array.is_stacked:
-            shape, position, values = (1, *shape), (window.part_index, *position), values[None]
-        return Chunk(array.name, array.shape, shape, position, values)
+        stacked = array.stacked_shape
+        place = tuple(int(i) for i in np.unravel_index(window.part_index, stacked or (1,)))
+        first = (1,) * len(stacked)
+        position = (*place[: len(stacked)], *position)
+        return Chunk(
+            *(array.name, array.shape, (*first, *shape), position),
+            values.reshape((*first, *values.shape)),
+        )
 
 
-def _bytes_array(values: Array) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-
-
-def _bytes(values: Array) -> memoryview:
-    return _bytes_array(values).data
-
-
-def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
-    while view:
-        num_written = os.pwritev(descriptor, [view[: 1 << 30]], offset)
-        view, offset = view[num_written:], offset + num_written
+def _to_read(num_bytes: int, ends_only: bool) -> list[slice]:
+    if not ends_only or num_bytes <= 2 * READ_BACK_BYTES:
+        return [slice(0, num_bytes)]
+    return [slice(0, READ_BACK_BYTES), slice(num_bytes - READ_BACK_BYTES, num_bytes)]

@@ -8,24 +8,21 @@ in memory at once; and in an OCDBT database every byte is copied several times o
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from checkpoint.store.durable import start_writeback
+from checkpoint.store.direct_file import Bytes, DirectFile, bytes_of
 from checkpoint.store.orbax_io import make_array_folder
 from checkpoint.store.tree import HostArray
 
 METADATA_FILE = "_METADATA"
 _DICT_KEY = 2
 """Orbax's number for a key of a dict."""
-COMPARE_BYTES = 1 << 20
-"""At once, so that both sides stay in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +48,19 @@ class Chunk:
         """Relative to the arrays' folder."""
         return f"{self.name.replace('/', '.')}/{'.'.join(map(str, self.position)) or '0'}"
 
-    def content(self) -> npt.NDArray[np.uint8]:
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return prod(self.chunk_shape) * self.values.dtype.itemsize
+
+    def content(self) -> Bytes:
         """The file's bytes."""
         values = self.values
         if values.shape != self.chunk_shape:
             filled = np.zeros(self.chunk_shape, values.dtype)
             filled[tuple(slice(0, size) for size in values.shape)] = values
             values = filled
-        return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        return bytes_of(values)
 
 
 class ArrayFiles:
@@ -77,32 +79,20 @@ class ArrayFiles:
             dtype = chunk.values.dtype.name
             make_array_folder(self._folder, chunk.name, dtype, chunk.shape, chunk.chunk_shape)
             self._made.add(chunk.name)
-        with (self._folder / chunk.path).open("wb", buffering=0) as file:
-            view = chunk.content().data
-            while view:
-                view = view[file.write(view[: 1 << 30]) :]
+        with DirectFile(self._folder / chunk.path, chunk.num_bytes) as file:
+            file.write(chunk.content(), 0)
 
-    def holds(self, chunk: Chunk) -> bool:
-        """Whether the file, read again, is that chunk; then it is on its way to the disk.
+    def holds(self, chunk: Chunk, ranges: Sequence[slice] = (slice(None),)) -> bool:
+        """Whether the file, read again, is that chunk, or has `ranges` of its bytes.
 
         Raises OSError.
         """
-        wanted = chunk.content()
-        found = np.empty(min(COMPARE_BYTES, len(wanted)), np.uint8)
-        try:
-            file = (self._folder / chunk.path).open("rb", buffering=0)
-        except FileNotFoundError:
+        path = self._folder / chunk.path
+        if not path.is_file() or path.stat().st_size != chunk.num_bytes:
             return False
-        with file:
-            if os.fstat(file.fileno()).st_size != len(wanted):
-                return False
-            for start in range(0, len(wanted), COMPARE_BYTES):
-                piece = wanted[start : start + COMPARE_BYTES]
-                num_read = file.readinto(found[: len(piece)].data)
-                if num_read != len(piece) or not np.array_equal(found[: len(piece)], piece):
-                    return False
-            start_writeback(file.fileno(), 0, len(wanted))
-        return True
+        content = chunk.content()
+        with DirectFile(path, chunk.num_bytes) as file:
+            return all(file.holds(content[part], part.start or 0) for part in ranges)
 
     def finish(self, names: Iterable[str]) -> None:
         """Write the file by which Orbax knows the tree."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import TimeoutError as WaitTimedOut
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxserve.engine.served_params import load_served_params, make_place
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
 from jaxserve.engine.step_device import StepDevice
+from jaxserve.engine.weight_swaps import WeightSwaps
 from jaxserve.errors import JaxserveError
 from jaxserve.trained_model import open_model
 from models.config import ModelConfig
@@ -60,7 +61,7 @@ class LiveWeights:
         self._settings = settings
         self._swapping = threading.Lock()
         self._name, self._step = _described(source)
-        self._num_swaps = 0
+        self._swaps = WeightSwaps()
 
     @property
     def name(self) -> str:
@@ -73,9 +74,9 @@ class LiveWeights:
         return self._step
 
     @property
-    def num_swaps(self) -> int:
-        """How often weights were exchanged."""
-        return self._num_swaps
+    def swaps(self) -> WeightSwaps:
+        """How often weights were exchanged, and how often that was refused."""
+        return self._swaps
 
     def swap(self, path: Path, timeout_s: float | None = None) -> None:
         """Read the model at `path` and serve it. Returns when it is what new requests get.
@@ -93,29 +94,35 @@ class LiveWeights:
         """
         with self._swapping:
             try:
-                source = open_model(path)
-                params = self._load(source)
-            except (ValueError, OSError, JaxserveError) as error:  # FormatError, StoreError too.
-                raise WeightsRefused(f"{path} is not served: {error}") from error
-            described = _described(source)
+                self._swap(path, timeout_s)
+            except WeightsRefused:
+                self._swaps = replace(self._swaps, num_refused=self._swaps.num_refused + 1)
+                raise
 
-            def exchange() -> None:
-                self._pages.forget()
-                self._device.params = params
-                self._name, self._step = described
-                self._num_swaps += 1
+    def _swap(self, path: Path, timeout_s: float | None) -> None:
+        try:
+            source = open_model(path)
+            params = self._load(source)
+        except (ValueError, OSError, JaxserveError) as error:  # FormatError, StoreError too.
+            raise WeightsRefused(f"{path} is not served: {error}") from error
+        described = _described(source)
 
-            done = self._engine.run_between_requests(exchange)
-            try:
-                done.result(timeout_s)
-            except WaitTimedOut:
-                if not done.cancel():  # It runs at this very moment.
-                    done.result()
-                    return
-                raise WeightsRefused(
-                    f"{path} is not served: requests of the old version still ran after "
-                    f"{timeout_s:g} s"
-                ) from None
+        def exchange() -> None:
+            self._pages.forget()
+            self._device.params = params
+            self._name, self._step = described
+            self._swaps = replace(self._swaps, num_done=self._swaps.num_done + 1)
+
+        done = self._engine.run_between_requests(exchange)
+        try:
+            done.result(timeout_s)
+        except WaitTimedOut:
+            if not done.cancel():  # It runs at this very moment.
+                done.result()
+                return
+            raise WeightsRefused(
+                f"{path} is not served: requests of the old version still ran after {timeout_s:g} s"
+            ) from None
 
     def _load(self, source: ModelSource) -> Params:
         _check_config(self._settings.model_config, source.config)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from checkpoint.migrate.plan import LowRank, PlannedArray, PlannedPart
-from checkpoint.name_table import IDENTITY, NameTable, TensorRule, Transform
+from checkpoint.name_table import NameTable, TensorRule, Transform
 from checkpoint.store.tree import DTYPES
 from checkpoint.store_source import PARAMS
-from jaxserve.migration.source import LAYERS, SourceModel, name_in_layer
+from jaxserve.migration.source import PieceKey, SourceModel, transform_of_one
 from models.own_names import SCANNED, UNSCANNED, own_name_table
 
-Updates = Mapping[tuple[str, int | None], LowRank]
-"""Updates to merge, by path and layer."""
+Updates = Mapping[PieceKey, LowRank]
+"""Updates to merge."""
 MAX_PROBLEMS = 20
 
 
@@ -22,44 +24,45 @@ class Wanted:
     """One target array: its name and the pieces that it is made of."""
 
     name: str
-    pieces: tuple[tuple[str, int | None], ...]
+    pieces: tuple[PieceKey, ...]
     to_file: Transform
-    is_stacked: bool
+    """Of each piece."""
+    stacked_shape: tuple[int, ...]
+    """The axes that count the pieces; none for a single one."""
 
 
 def file_arrays(source: SourceModel, table: NameTable) -> list[Wanted]:
     """One array a tensor, in the table's order, layer by layer."""
     single = [rule for rule in table.rules if not rule.is_stacked]
-    layered = [rule for rule in table.rules if rule.is_stacked]
-    first = [rule for rule in single if rule.path == "embed"]
-    last = [rule for rule in single if rule.path != "embed"]
-    wanted = [_single(rule) for rule in first]
+    layered = [list(_wanted(source, rule)) for rule in table.rules if rule.is_stacked]
+    wanted = [each for rule in single if rule.path == "embed" for each in _wanted(source, rule)]
     for layer in range(source.config.num_layers):
-        wanted += [
-            Wanted(
-                name_in_layer(rule, layer), ((rule.path, layer),), rule.transform, is_stacked=False
-            )
-            for rule in layered
-        ]
-    return wanted + [_single(rule) for rule in last]
+        for arrays in layered:
+            num_each = len(arrays) // source.config.num_layers
+            wanted += arrays[layer * num_each : (layer + 1) * num_each]
+    return wanted + [
+        each for rule in single if rule.path != "embed" for each in _wanted(source, rule)
+    ]
 
 
 def step_arrays(source: SourceModel, layers: str) -> list[Wanted]:
     """The arrays of a step below `params/`."""
     convention = SCANNED if layers == "scanned" else UNSCANNED
-    wanted = []
-    for rule in own_name_table(source.config, convention).rules:
-        if rule.is_stacked:
-            wanted += [
-                Wanted(_array(name_in_layer(rule, layer)), ((rule.path, layer),), IDENTITY, False)
-                for layer in range(source.config.num_layers)
-            ]
-        elif rule.path.startswith(LAYERS):
-            pieces = tuple((rule.path, layer) for layer in range(source.config.num_layers))
-            wanted.append(Wanted(_array(rule.name), pieces, IDENTITY, is_stacked=True))
-        else:
-            wanted.append(Wanted(_array(rule.name), ((rule.path, None),), IDENTITY, False))
-    return wanted
+    return [
+        replace(wanted, name=_array(wanted.name))
+        for rule in own_name_table(source.config, convention).rules
+        for wanted in _wanted(source, rule)
+    ]
+
+
+def _wanted(source: SourceModel, rule: TensorRule) -> Iterator[Wanted]:
+    """The tensors of a rule, in order."""
+    shape, num_axes = source.leaf_shapes[rule.path], source.stacked_axes[rule.path]
+    to_file = transform_of_one(rule, num_axes)
+    for name, place in rule.parts(shape):
+        stacked = shape[len(place) : num_axes]
+        pieces = tuple((rule.path, (*place, *rest)) for rest in np.ndindex(*stacked))
+        yield Wanted(name, pieces, to_file, stacked)
 
 
 def planned(
@@ -77,30 +80,28 @@ def planned(
     dtypes = set()
     for key in wanted.pieces:
         piece = source.pieces[key]
-        leaf_shape = source.leaf_shapes[key[0]]
-        if key[1] is not None:
-            leaf_shape = leaf_shape[1:]
+        leaf_shape = source.leaf_shapes[key[0]][len(key[1]) :]
         dtypes.add(kept_dtype(source, piece.array))
         parts.append(
             PlannedPart(
                 source=piece.array,
-                layer=piece.index,
+                index=piece.index,
                 shape=wanted.to_file.file_shape(leaf_shape),
                 to_leaf=piece.transform,
                 to_file=wanted.to_file,
                 low_rank=updates.get(key),
             )
         )
-    shape = (len(parts), *parts[0].shape) if wanted.is_stacked else parts[0].shape
+    shape = (*wanted.stacked_shape, *parts[0].shape)
     # bfloat16 and float16 layers beside each other: only float32 holds both.
     kept = dtypes.pop() if len(dtypes) == 1 else "float32"
-    return PlannedArray(wanted.name, shape, dtype or kept, tuple(parts), wanted.is_stacked)
+    return PlannedArray(wanted.name, shape, dtype or kept, tuple(parts))
 
 
 def raw_array(source: SourceModel, name: str, array: str) -> PlannedArray:
     """An array as it is."""
     shape = source.parts.shape(array)
-    part = PlannedPart(array, None, shape)
+    part = PlannedPart(array, (), shape)
     return PlannedArray(name, shape, source.parts.stored_dtype(array), (part,))
 
 
@@ -123,9 +124,7 @@ def _problems(source: SourceModel) -> Iterator[str]:
     table = source.model.name_table
     present = set(tensors.names())
     expected = {
-        name: key
-        for rule in table.rules
-        for name, key in _names_and_keys(rule, source.config.num_layers)
+        name: rule for rule in table.rules for name, _ in rule.parts(source.leaf_shapes[rule.path])
     }
     for name in sorted(expected.keys() - present):
         yield f"missing: {name}"
@@ -134,9 +133,7 @@ def _problems(source: SourceModel) -> Iterator[str]:
             yield f"unexpected: {name}"
     for name in sorted(expected.keys() & present):
         rule, leaf_shape = expected[name], source.leaf_shapes[expected[name].path]
-        if rule.is_stacked:
-            leaf_shape = leaf_shape[1:]
-        shape = rule.transform.file_shape(leaf_shape)
+        shape = rule.transform.file_shape(leaf_shape[rule.num_stacked_axes :])
         info = tensors.info(name)
         if info.shape != shape:
             yield f"wrong shape: {name} is {info.shape}, the config needs {shape}"
@@ -145,13 +142,6 @@ def _problems(source: SourceModel) -> Iterator[str]:
     for copy, original in table.copies.items():
         if {copy, original} <= present and not _same_values(source, copy, original):
             yield f"not tied: {copy} differs from {original}, yet the config ties them"
-
-
-def _names_and_keys(rule: TensorRule, num_layers: int) -> Iterator[tuple[str, TensorRule]]:
-    if rule.is_stacked:
-        yield from ((name_in_layer(rule, layer), rule) for layer in range(num_layers))
-    else:
-        yield rule.name, rule
 
 
 def _same_values(source: SourceModel, first: str, second: str) -> bool:
@@ -165,10 +155,6 @@ def _same_values(source: SourceModel, first: str, second: str) -> bool:
         if (parts.read_part(first, index) != parts.read_part(second, index)).any():
             return False
     return True
-
-
-def _single(rule: TensorRule) -> Wanted:
-    return Wanted(rule.name, ((rule.path, None),), rule.transform, is_stacked=False)
 
 
 def _array(name: str) -> str:

@@ -199,9 +199,9 @@ def _transforms(conversion: Conversion, index: int) -> list[str]:
     stored = conversion.migration.source.stored_dtype(part.source)
     if stored != array.dtype:
         steps.append(f"{stored} -> {array.dtype}")
-    if array.is_stacked:
-        steps.append(f"stack {len(array.parts)}")
-    elif part.layer is not None:
+    if array.stacked_shape:
+        steps.append(f"stack {' x '.join(map(str, array.stacked_shape))}")
+    elif part.index:
         steps.append("unstack")
     return steps
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from checkpoint.migrate.compute import compute_window
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, PlannedArray
+from checkpoint.store.direct_file import buffer_at
 from jaxserve.migration.arrays import planned, raw_array, step_arrays
 from jaxserve.migration.lora import low_rank_updates
 from jaxserve.migration.source import SourceModel, open_source
@@ -133,7 +134,7 @@ def _blocks(array: PlannedArray, source: PartSource) -> Iterator[tuple[int, Arra
     plan = Plan((array,), {}, (), window_bytes=WHOLE_PARTS)
     offset = 0
     for window in plan.windows(source):
-        values = compute_window(window, source).reshape(-1)
+        values = compute_window(window, source, buffer_at(0, window.num_bytes)).reshape(-1)
         for start in range(0, values.size, BLOCK_ELEMENTS):
             yield offset + start, values[start : start + BLOCK_ELEMENTS]
         offset += values.size

@@ -14,19 +14,19 @@ from models.lora import Lora
 from models.lora_peft import save_peft
 
 
-def low_rank_updates(lora: Lora | None) -> dict[tuple[str, int | None], LowRank]:
+def low_rank_updates(lora: Lora | None) -> dict[tuple[str, tuple[int, ...]], LowRank]:
     """What adapters add, by path and layer of the kernels that they change; None adds nothing."""
     if lora is None:
         return {}
     factors = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(lora.adapters).items()}
-    updates: dict[tuple[str, int | None], LowRank] = {}
+    updates: dict[tuple[str, tuple[int, ...]], LowRank] = {}
     for name in factors:
         path, _, part = name.rpartition(".")
         if part != "a":
             continue
         low, high = factors[f"{path}.a"], factors[f"{path}.b"]
         for layer in range(low.shape[0]):
-            updates[f"{path}.kernel", layer] = LowRank(low[layer], high[layer], lora.scale)
+            updates[f"{path}.kernel", (layer,)] = LowRank(low[layer], high[layer], lora.scale)
     return updates
 
 

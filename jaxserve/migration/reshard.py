@@ -68,7 +68,7 @@ def make_reshard(source: SourceModel, target: Path, *, layers: str, window_bytes
 def _raw(source: SourceModel, name: str) -> PlannedArray:
     shape = source.parts.shape(name)
     dtype = source.parts.stored_dtype(name)
-    return PlannedArray(name, shape, dtype, (PlannedPart(name, None, shape),))
+    return PlannedArray(name, shape, dtype, (PlannedPart(name, (), shape),))
 
 
 def _single(source: SourceModel, names: list[str]) -> Iterator[PlannedArray]:
@@ -82,7 +82,7 @@ def _single(source: SourceModel, names: list[str]) -> Iterator[PlannedArray]:
             continue
         dtype = source.parts.stored_dtype(name)
         for layer in range(num_layers):
-            part = PlannedPart(name, layer, shape[1:])
+            part = PlannedPart(name, (layer,), shape[1:])
             yield PlannedArray(
                 f"{match['before']}/{layer}/{match['after']}", shape[1:], dtype, (part,)
             )
@@ -122,5 +122,5 @@ def _stack(source: SourceModel, key: tuple[str, str], layers: dict[int, str]) ->
             "one shape and dtype, so they cannot be stacked; use --layers unscanned"
         )
     ((shape, dtype),) = found
-    planned = tuple(PlannedPart(part, None, shape) for part in parts if part is not None)
-    return PlannedArray(name, (len(parts), *shape), dtype, planned, is_stacked=True)
+    planned = tuple(PlannedPart(part, (), shape) for part in parts if part is not None)
+    return PlannedArray(name, (len(parts), *shape), dtype, planned)

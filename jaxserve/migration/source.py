@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from checkpoint.formats.gguf import GgufFile
 from checkpoint.formats.safetensors import INDEX_FILE, SafetensorsFolder, inside_folder
 from checkpoint.migrate.manifest import file_problems, load_manifest
 from checkpoint.migrate.parts import FileParts, PartSource, StepParts
-from checkpoint.name_table import EXPERT, LAYER, NameTable, TensorRule, Transform
+from checkpoint.name_table import NameTable, TensorRule, Transform
 from checkpoint.param_loading import flatten
 from checkpoint.store_source import StoreSource
 from jaxserve.errors import JaxserveError
@@ -28,7 +28,6 @@ from models.model_path import split_step
 from models.tokenizer import Tokenizer
 from models.tokenizer_files import TOKENIZER_FILES
 
-LAYERS = "layers."
 MAX_LAYERS = 4096
 """More is a lie of the file's."""
 EXTRA = "extra/"
@@ -45,14 +44,18 @@ class DamagedSource(JaxserveError):
     """A source whose files are not those that its manifest describes."""
 
 
+PieceKey: TypeAlias = tuple[str, tuple[int, ...]]
+"""A leaf's dotted path, and which layer, or layer and expert."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One leaf of the parameters, or one layer of it, in the source."""
+    """One leaf of the parameters, or one layer of it, or one expert of a layer, in the source."""
 
     array: str
     """Name for the PartSource."""
-    index: int | None
-    """On the array's first axis, when that is the layers."""
+    index: tuple[int, ...]
+    """On the array's first axes, where those are layers or experts."""
     transform: Transform
 
 
@@ -64,8 +67,9 @@ class SourceModel:
     parts: PartSource
     leaf_shapes: Mapping[str, tuple[int, ...]]
     """Shape of every leaf, by its dotted path."""
-    pieces: Mapping[tuple[str, int | None], Piece]
-    """By path and layer; the layer is None for what no layer has."""
+    pieces: Mapping[PieceKey, Piece]
+    stacked_axes: Mapping[str, int]
+    """How many first axes of a leaf, by its path, count layers and experts."""
     extras: Mapping[str, str]
     """Tensors that belong to no leaf, e.g. buffers: file's name to array's name."""
     others: tuple[str, ...]
@@ -122,6 +126,12 @@ class ConstantParts:
             return self._arrays[name].dtype.name
         return self._rest.stored_dtype(name)
 
+    def rows_at_once(self, name: str, axis: int) -> int:
+        """See PartSource."""
+        if name in self._arrays:
+            return int(self._arrays[name].shape[axis])
+        return self._rest.rows_at_once(name, axis)
+
     def extra_bytes(self, name: str) -> int:
         """See PartSource."""
         return 0 if name in self._arrays else self._rest.extra_bytes(name)
@@ -131,6 +141,13 @@ class ConstantParts:
         if name in self._arrays:
             return self._arrays[name][index]
         return self._rest.read_part(name, index)
+
+    def read_into(self, name: str, index: tuple[slice, ...], out: npt.NDArray[Any]) -> None:
+        """See PartSource."""
+        if name in self._arrays:
+            out[...] = self._arrays[name][index]
+        else:
+            self._rest.read_into(name, index, out)
 
     def close(self) -> None:
         """See PartSource."""
@@ -164,12 +181,14 @@ def open_source(path: Path, *, check_manifest: bool = True) -> SourceModel:
         for path, leaf in flatten(model.family.abstract_params(model.config, "float32")).items()
     }
     parts, array_name, others = _parts(model)
-    pieces = dict(_pieces(model.name_table, model.config.num_layers, array_name))
+    stacked_axes = _stacked_axes(model)
+    pieces = dict(_pieces(model.name_table, shapes, stacked_axes, array_name))
     return SourceModel(
         model=model,
         parts=parts,
         leaf_shapes=shapes,
         pieces=pieces,
+        stacked_axes=stacked_axes,
         extras=_extras(model, pieces, array_name),
         others=tuple(name for name in others if not name.startswith(EXTRA)),
         carried=_carried(model),
@@ -195,46 +214,41 @@ def _parts(model: ModelSource) -> tuple[PartSource, Callable[[str], str], tuple[
     return FileParts(tensors.location), lambda name: name, ()
 
 
+def _stacked_axes(model: ModelSource) -> dict[str, int]:
+    """Hugging Face folders divide most finely: a tensor for each layer, or for each expert."""
+    rules = model.family.name_tables["hf"](model.config).rules
+    return {rule.path: rule.num_stacked_axes for rule in rules}
+
+
 def _pieces(
     table: NameTable,
-    num_layers: int,
+    leaf_shapes: Mapping[str, tuple[int, ...]],
+    stacked_axes: Mapping[str, int],
     array_name: Callable[[str], str],
-) -> Iterator[tuple[tuple[str, int | None], Piece]]:
-    def named(name: str) -> str:
-        try:
-            return array_name(name)
-        except KeyError:
-            return name  # Missing: the check of the plan says so.
-
+) -> Iterator[tuple[PieceKey, Piece]]:
     for rule in table.rules:
-        if not rule.path.startswith(LAYERS):
-            yield (rule.path, None), Piece(named(rule.name), None, rule.transform)
-            continue
-        for layer in range(num_layers):
-            if rule.is_stacked:
-                piece = Piece(named(name_in_layer(rule, layer)), None, rule.transform)
-            else:
-                piece = Piece(named(rule.name), layer, rule.transform)
-            yield (rule.path, layer), piece
+        shape, num_axes = leaf_shapes[rule.path], stacked_axes[rule.path]
+        transform = transform_of_one(rule, num_axes)
+        for name, place in rule.parts(shape):
+            try:
+                array = array_name(name)
+            except KeyError:
+                array = name  # Missing: the check of the plan says so.
+            for rest in np.ndindex(*shape[len(place) : num_axes]):
+                yield (rule.path, (*place, *rest)), Piece(array, rest, transform)
 
 
-def name_in_layer(rule: TensorRule, layer: int) -> str:
-    """The file's name of a rule's tensor in one layer.
-
-    Raises:
-        FormatError: experts have tensors of their own, which are not migrated yet.
-    """
-    if EXPERT in rule.name:
-        raise FormatError(
-            f"{rule.name}: experts with tensors of their own are not converted yet; a GGUF file "
-            "of the model, which stacks them, is"
-        )
-    return rule.name.replace(LAYER, str(layer))
+def transform_of_one(rule: TensorRule, num_stacked_axes: int) -> Transform:
+    """A rule's transform, of one layer or expert alone where its tensor holds many."""
+    transform = rule.transform
+    for _ in range(num_stacked_axes - max(1, rule.num_stacked_axes)):
+        transform = transform.of_one or transform
+    return transform
 
 
 def _extras(
     model: ModelSource,
-    pieces: Mapping[tuple[str, int | None], Piece],
+    pieces: Mapping[PieceKey, Piece],
     array_name: Callable[[str], str],
 ) -> dict[str, str]:
     tensors = model.tensors

@@ -31,8 +31,8 @@ from jaxserve.migration.request import ConversionRequest
 from jaxserve.migration.shards import original_shards
 from jaxserve.migration.source import ConstantParts, SourceModel, extra_array
 from models.checkpoint_model import MODEL_FILE, TOKENIZER, model_json
-from models.gguf_export import gguf_metadata, rope_factors
-from models.gguf_model import ROPE_FACTORS
+from models.gguf_config_export import KEPT_IN_F32, rope_tensors
+from models.gguf_export import gguf_metadata
 from models.hf_config import config_from_hf
 from models.hf_export import config_to_hf
 from models.tokenizer_files import save_tokenizer
@@ -146,12 +146,11 @@ def _gguf(source: SourceModel, request: ConversionRequest, updates: Updates) -> 
         arrays.append(replace(array, dtype=_dtype_of(kind)))
     if source.extras:
         notes.append(f"left out, GGUF has no place for them: {', '.join(source.extras)}")
-    factors = rope_factors(source.config)
-    parts = source.parts
-    if factors is not None:
-        parts = ConstantParts({ROPE_FACTORS: factors}, parts)
-        part = PlannedPart(ROPE_FACTORS, None, factors.shape)
-        arrays.append(PlannedArray(ROPE_FACTORS, factors.shape, "float32", (part,)))
+    factors = rope_tensors(source.config)
+    parts = ConstantParts(factors, source.parts) if factors else source.parts
+    for name, values in factors.items():
+        part = PlannedPart(name, (), values.shape)
+        arrays.append(PlannedArray(name, values.shape, "float32", (part,)))
         kinds.append("F32")
     tokenizer = None if source.carried.gguf is not None else source.load_tokenizer()
     has_tokenizer = tokenizer is not None or "tokenizer.ggml.tokens" in (source.carried.gguf or {})
@@ -180,7 +179,7 @@ def _gguf(source: SourceModel, request: ConversionRequest, updates: Updates) -> 
 
 
 def _gguf_type(array: PlannedArray, request: ConversionRequest, notes: list[str]) -> str:
-    if len(array.shape) < 2:
+    if len(array.shape) < 2 or any(part in array.name for part in KEPT_IN_F32):
         return "F32"  # As llama.cpp wants its norms and biases.
     kind = request.quantization or FLOAT_NAMES[array.dtype]
     block = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]

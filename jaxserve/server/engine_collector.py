@@ -64,6 +64,7 @@ def _engine_metrics(serving: Serving) -> Iterator[Metric]:
     card = serving.card
     if load.num_pages_total:
         yield from _cache_metrics(load, card)
+    yield from _weights_metrics(serving)
     yield _gauge("num_requests_running", "Requests in the running batch", load.num_running)
     yield _gauge("num_requests_waiting", "Requests in the queue", load.num_waiting)
     yield _gauge("num_tokens_waiting", "Prompt tokens in the queue", load.num_waiting_tokens)
@@ -98,6 +99,20 @@ def _engine_metrics(serving: Serving) -> Iterator[Metric]:
     yield finished
     for name, text in _HISTOGRAMS.items():
         yield _histogram(name, text, getattr(metrics, name))
+
+
+def _weights_metrics(serving: Serving) -> Iterator[Metric]:
+    """Of `serve --watch`; without it the version stays and the counts are 0."""
+    swaps = serving.weight_swaps()
+    yield InfoMetricFamily(
+        "jaxserve_weights",
+        "The weights that new requests get",
+        value={"version": serving.weights_name()},
+    )
+    yield _counter("weight_swaps", "Times that newer weights took over", swaps.num_done)
+    yield _counter(
+        "weight_swaps_refused", "Weights that were not taken: see the log", swaps.num_refused
+    )
 
 
 def _cache_metrics(load: EngineSnapshot, card: ModelCard) -> Iterator[Metric]:

@@ -149,6 +149,7 @@ def _serving_of_generator(running: RunningEngine) -> Serving:
         limits=PromptLimits.of_model(model.vocab_size, scheduler.max_model_len),
         num_startup_compiles=running.report.num_compiles,
         weights_name=lambda: running.weights.name,
+        weight_swaps=lambda: running.weights.swaps,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from jaxserve.engine.weight_swaps import WeightSwaps
 from jaxserve.errors import EngineLost, InvalidRequest, NotAccepting, NotSupported, QueueFull
 from jaxserve.server.prompt_limits import PromptLimits
 
@@ -80,6 +81,8 @@ class Serving:
     num_startup_compiles: int
     weights_name: Callable[[], str]
     """The version of the weights that a request which comes now will get."""
+    weight_swaps: Callable[[], WeightSwaps] = WeightSwaps
+    """Of weights that can be exchanged; without any for those that cannot."""
 
     def require_generation(self) -> None:
         """Raises NotSupported if the model is an encoder."""

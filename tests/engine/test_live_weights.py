@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import queue
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from checkpoint.param_loading import flatten, unflatten
 from checkpoint.store import Store
@@ -25,6 +27,10 @@ from jaxserve.engine.request import GenerationRequest
 from jaxserve.engine.run_watcher import RunWatcher
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.startup import RunningEngine, start_engine
+from jaxserve.engine.weight_swaps import WeightSwaps
+from jaxserve.server.engine_collector import EngineCollector
+from jaxserve.server.lifecycle import serving_of
+from jaxserve.server.state import ServerState
 from models.checkpoint_model import CHECKPOINTS, write_model_folder
 from models.loading import open_model
 from tests.engine.tiny_model import make_tiny_model
@@ -132,7 +138,7 @@ def test_a_request_runs_on_one_version_and_later_ones_on_the_next(
     # The prompt's pages of the old version would have been found in the prefix cache.
     assert answer(running, "third") == new
     assert (running.weights.name, running.weights.step) == ("run@2", 2)
-    assert running.weights.num_swaps == 1
+    assert running.weights.swaps == WeightSwaps(num_done=1)
     assert running.engine.snapshot().compiles_after_ready == 0
     gc.collect()
     assert leaf() is None, "the old weights are still in memory"
@@ -163,6 +169,7 @@ def test_what_cannot_be_served_is_refused_and_the_old_weights_go_on(
         running.weights.swap(tmp_path / "nothing")
     assert answer(running, "after") == old
     assert running.weights.name == name
+    assert running.weights.swaps.num_refused == 4
 
 
 def damage(run: Path, step: int) -> None:
@@ -200,6 +207,32 @@ def test_a_watcher_takes_the_newest_whole_checkpoint(run: Path, running: Running
     save(run, 32, 4.0)
     assert watcher.look()
     assert served == ["run@30", "run@32"]
+
+
+def test_metrics_tell_the_version_and_count_swaps(run: Path, running: RunningEngine) -> None:
+    before = metrics(running)
+    watcher = RunWatcher(running.weights, run, 1.0)
+    save(run, 40, 2.0)
+    save(run, 41, float("nan"))
+    assert watcher.look()
+    after = metrics(running)
+    assert after['jaxserve_weights_info{version="run@40"}'] == 1
+    for name in ("jaxserve_weight_swaps_total", "jaxserve_weight_swaps_refused_total"):
+        assert after[name] == before[name] + 1
+
+
+def metrics(running: RunningEngine) -> dict[str, float]:
+    """What Prometheus is told of weights, by name and labels."""
+
+    async def collected() -> str:
+        state = ServerState(degraded_after_s=60.0, serving=serving_of(running))
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(EngineCollector(state))
+        return generate_latest(registry).decode()
+
+    lines = asyncio.run(collected()).splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if line.startswith("jaxserve_weight")]
+    return {name: float(value) for name, value in pairs}
 
 
 def test_a_stopped_engine_says_so(running: RunningEngine) -> None:

@@ -23,8 +23,6 @@ from jaxserve.migration.request import ConversionRequest
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "goldens" / "tiny"
 VARIANTS = sorted(path.name for path in TINY.iterdir() if path.is_dir())
-EXPERTS_APART = ("mixtral", "qwen3_moe", "qwen3_moe_unnormalized")
-"""Their experts are tensors of their own: not migrated yet."""
 
 
 def convert(

@@ -276,14 +276,14 @@ def test_a_read_that_fails_names_the_tensor(
 ) -> None:
     from checkpoint.migrate.parts import FileParts
 
-    read = FileParts.read_part
+    read = FileParts.read_into
 
-    def failing(self: FileParts, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def failing(self: FileParts, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         if name == "model.layers.1.mlp.up_proj.weight":
             raise OSError(5, "Input/output error")
-        return read(self, name, index)
+        read(self, name, index, out)
 
-    monkeypatch.setattr(FileParts, "read_part", failing)
+    monkeypatch.setattr(FileParts, "read_into", failing)
     with pytest.raises(ValueError, match=r"params/layers/mlp/up_proj/kernel cannot be read"):
         convert(TINY / "mqa", tmp_path / "own", "orbax")
     assert not (tmp_path / "own").exists()

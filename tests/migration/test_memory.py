@@ -10,6 +10,7 @@ from rig import TINY, convert
 from checkpoint.migrate.compute import compute_window
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, PlannedArray
+from checkpoint.store.direct_file import buffer_at
 from jaxserve.errors import ConfigError
 from jaxserve.migration.convert import plan_conversion
 from jaxserve.migration.request import ConversionRequest
@@ -55,7 +56,10 @@ def made_in_windows(
     array: PlannedArray, source: PartSource, window_bytes: int
 ) -> tuple[bytes, int]:
     plan = Plan((array,), {}, (), window_bytes)
-    made = [compute_window(window, source).tobytes() for window in plan.windows(source)]
+    made = [
+        compute_window(window, source, buffer_at(0, window.num_bytes)).tobytes()
+        for window in plan.windows(source)
+    ]
     return b"".join(made), len(made)
 
 

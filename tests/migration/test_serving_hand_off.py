@@ -36,7 +36,7 @@ source = open_model(make_tiny_model(folder / "start"))
 config, family = source.config, source.family
 write_model_folder(folder / "run", config, source.load_tokenizer())
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
-def place(array):
+def place(path, array):
     axes = [None] * array.ndim
     if array.ndim and array.shape[-1] % 8 == 0:
         axes[-1] = ("a", "b")

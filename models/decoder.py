@@ -29,6 +29,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
+from models.gpu_layout import fuse_layer, is_fused
 from models.layers import INIT_STDDEV, BranchOutput, LayerAttend
 from models.ops.linear import attach_adapters, attach_scales, attach_shard
 from models.ops.norm import LayerNorm, RmsNorm, ZeroCentredRmsNorm
@@ -151,7 +152,7 @@ class Decoder:
         Returns:
             `(x [T, E], cache)`.
         """
-        graph = _layer_graph(self, config)
+        graph = _layer_graph(self, config, is_fused(params))
         rope_of = layer_rope(config, positions)
         if self.learns_positions:
             placed = x + jnp.take(params["position_embed"], positions, axis=0, mode="clip")
@@ -227,10 +228,16 @@ class Decoder:
 
 
 @lru_cache(maxsize=32)
-def _layer_graph(decoder: Decoder, config: ModelConfig) -> nnx.GraphDef[nnx.Module]:
+def _layer_graph(decoder: Decoder, config: ModelConfig, fused: bool) -> nnx.GraphDef[nnx.Module]:
     """The layer's structure without arrays; the dtype lives in the arrays alone."""
-    layer = nnx.eval_shape(lambda: decoder.make_layer(config, jnp.float32, nnx.Rngs(0)))
-    return nnx.split(layer)[0]
+
+    def make_layer() -> nnx.Module:
+        layer = decoder.make_layer(config, jnp.float32, nnx.Rngs(0))
+        if fused:
+            fuse_layer(layer)
+        return layer
+
+    return nnx.split(nnx.eval_shape(make_layer))[0]
 
 
 @lru_cache(maxsize=32)

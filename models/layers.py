@@ -27,6 +27,12 @@ BranchOutput: TypeAlias = Callable[[jax.Array, Branch], jax.Array]
 
 INIT_STDDEV = 0.02
 
+FUSED_PROJECTIONS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projection -> those of the same rows that it holds side by side."""
+
 
 def make_linear(
     in_features: int, out_features: int, *, use_bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
@@ -35,6 +41,22 @@ def make_linear(
     return Linear(
         in_features, out_features, use_bias=use_bias, dtype=dtype, stddev=INIT_STDDEV, rngs=rngs
     )
+
+
+def fuse_linears(module: nnx.Module, name: str) -> None:
+    """Replace `module`'s projections by the one that holds them side by side, initialised anew."""
+    parts: list[Linear] = [getattr(module, part) for part in FUSED_PROJECTIONS[name]]
+    kernels = [part.kernel[...] for part in parts]
+    for part in FUSED_PROJECTIONS[name]:
+        delattr(module, part)
+    fused = make_linear(
+        kernels[0].shape[0],
+        sum(kernel.shape[1] for kernel in kernels),
+        use_bias=parts[0].use_bias,
+        dtype=kernels[0].dtype,
+        rngs=nnx.Rngs(0),
+    )
+    setattr(module, name, fused)
 
 
 class Attention(nnx.Module):
@@ -82,6 +104,12 @@ class Attention(nnx.Module):
             self.q_norm = head_norm(config.head_dim, config.rms_norm_eps, dtype=dtype)
             self.k_norm = head_norm(config.head_dim, config.rms_norm_eps, dtype=dtype)
 
+    def fuse_projections(self) -> None:
+        """Take q, k and v as one projection, see `models.gpu_layout`."""
+        if not self.is_fused:
+            fuse_linears(self, "qkv_proj")
+            self.is_fused = True
+
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`x[T, E]` to `q[T, H, D]`, `k[T, K, D]`, `v[T, K, D]`, not yet rotated."""
         if self.is_fused:
@@ -126,6 +154,12 @@ class GatedMlp(nnx.Module):
             self.gate_proj = linear(config.hidden_size, config.intermediate_size)
             self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def fuse_projections(self) -> None:
+        """Take gate and up as one projection, see `models.gpu_layout`."""
+        if not self.is_fused:
+            fuse_linears(self, "gate_up_proj")
+            self.is_fused = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.activation]

@@ -69,7 +69,7 @@ def make_tick(
             x,
             work.row_positions,
             kv_pool,
-            paged_attend(config, layout, attention, work, first_layer),
+            paged_attend(config, layout, attention, work, first_layer, kv_pool=kv_pool),
             shard=shard,
             first_layer=first_layer,
         )

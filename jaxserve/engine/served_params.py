@@ -10,6 +10,7 @@ import numpy.typing as npt
 from checkpoint.param_loading import Place
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step import Params
+from models.gpu_layout import lay_out_for_gpu
 from models.loading import ModelSource, keep_on_host
 from models.quantization import quantize_params
 
@@ -26,7 +27,11 @@ def load_served_params(
         settings: dtype, format and mesh.
         place: puts a leaf there; by default `make_place(settings)`.
     """
-    place = place or make_place(settings)
+    params = _load(source, settings, place or make_place(settings))
+    return lay_out_for_gpu(params) if settings.lays_out_for_gpu else params
+
+
+def _load(source: ModelSource, settings: EngineSettings, place: Place) -> Params:
     if settings.quantization is None:
         return source.load_params(settings.dtype, place=place)
     on_host = source.load_params(settings.dtype, place=keep_on_host)

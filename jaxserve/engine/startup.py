@@ -212,6 +212,7 @@ def program_spec(settings: EngineSettings) -> ProgramSpec:
         arrays=abstract_arrays(settings),
         device=settings.device,
         sharding=settings.sharding,
+        compiler_options=settings.compiler_options,
     )
 
 

@@ -23,7 +23,7 @@ from jaxserve.engine.slots import SlotState
 from jaxserve.engine.step_inputs import TAKE_FROM_SLOT, StepLayout
 from models.config import ModelConfig
 from models.decoder import Attend
-from models.ops.attention.kv_pool import write_rows
+from models.ops.attention.kv_pool import values_dtype
 from models.ops.attention.registry import AttentionImplementation
 from models.ops.attention.window import layer_window
 from models.ops.attention.work import AttentionWork
@@ -61,7 +61,7 @@ def make_step(
         parts = layout.unpack(inputs)
         work = layout.attention_work(parts)
         x = family.embed(params, config, input_tokens(layout, parts, slots), shard)
-        attend = paged_attend(config, layout, attention, work)
+        attend = paged_attend(config, layout, attention, work, kv_pool=kv_pool)
         x, kv_pool = family.run_layers(
             params, config, x, work.row_positions, kv_pool, attend, shard=shard
         )
@@ -84,19 +84,27 @@ def paged_attend(
     attention: AttentionImplementation,
     work: AttentionWork,
     first_layer: int | jax.Array = 0,
+    *,
+    kv_pool: jax.Array,
 ) -> Attend[jax.Array]:
-    """Attention over the pages of a KV pool whose first layer is the model's `first_layer`."""
+    """Attention over the pages of `kv_pool`, whose first layer is the model's `first_layer`."""
+    prepared = attention.prepare(
+        work,
+        tiling=layout.tiling,
+        dtype=values_dtype(kv_pool.dtype),
+        head_dim=config.head_dim,
+    )
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, layer_index: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         pool_layer = layer_index - first_layer
-        pool = write_rows(pool, k, v, pool_layer, work)
+        pool = attention.write(pool, k, v, pool_layer, prepared)
         out = attention.call(
             q,
             pool,
             pool_layer,
-            work,
+            prepared,
             tiling=layout.tiling,
             sliding_window=layer_window(config, layer_index),
         )

@@ -38,6 +38,11 @@ def storage_dtype(dtype: DTypeLike) -> np.dtype:
     return np.dtype(np.uint16) if jnp.dtype(dtype) == jnp.bfloat16 else jnp.dtype(dtype)
 
 
+def values_dtype(stored: DTypeLike) -> np.dtype:
+    """The dtype of values in a pool whose own is `stored`."""
+    return jnp.dtype(jnp.bfloat16 if stored == jnp.uint16 else stored)
+
+
 def as_values(stored: jax.Array) -> jax.Array:
     """What was read from the pool, as floats."""
     if stored.dtype == jnp.uint16:

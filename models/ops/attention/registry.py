@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 from models.ops.attention import reference
+from models.ops.attention.kv_pool import write_rows
+from models.ops.attention.work import AttentionTiling, AttentionWork
+
+
+def _reference_tiling(page_size: int, num_heads: int, num_kv_heads: int) -> AttentionTiling:
+    del num_heads, num_kv_heads
+    return AttentionTiling(page_size=page_size, pages_per_block=max(1, 64 // page_size))
+
+
+def _as_it_is(work: AttentionWork, **_: Any) -> AttentionWork:
+    return work
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,25 +28,57 @@ class AttentionImplementation:
     platforms: tuple[str, ...]
     """JAX platform names on which it runs."""
     call: Callable[..., jax.Array]
-    """The signature of `reference.ragged_paged_attention`."""
+    """The signature of `reference.ragged_paged_attention`, with `work` as prepared."""
+    write: Callable[..., jax.Array] = write_rows
+    """The signature of `kv_pool.write_rows`, with `work` as prepared."""
+    prepare: Callable[..., Any] = _as_it_is
+    """`prepare(work, tiling=..., dtype=..., head_dim=...)`: the work list as the two above take
+    it, computed once a step, before the layers."""
+    choose_tiling: Callable[[int, int, int], AttentionTiling] = _reference_tiling
+    """By page size, query heads and KV heads."""
 
 
 IMPLEMENTATIONS = (
     AttentionImplementation("reference", ("cpu", "gpu", "tpu"), reference.ragged_paged_attention),
 )
-"""Best first within a platform."""
+"""Those that run on any machine, best first within a platform."""
 
 
-def select(name: str, platform: str) -> AttentionImplementation:
+def _triton(compute_capability: int) -> AttentionImplementation:
+    from models.ops.attention.triton_attention import TritonAttention
+    from models.ops.attention.triton_call import check_installed
+
+    check_installed()
+    attention = TritonAttention(compute_capability)
+    return AttentionImplementation(
+        "triton",
+        ("gpu",),
+        call=attention,
+        write=attention.write,
+        prepare=attention.prepare,
+        choose_tiling=attention.tiling,
+    )
+
+
+def select(name: str, platform: str, compute_capability: int = 0) -> AttentionImplementation:
     """Looks up `name`, or the platform's best for "auto".
 
-    Raises ValueError that lists what the platform has.
+    Args:
+        name: of an implementation, or "auto".
+        platform: JAX's name of it.
+        compute_capability: of an NVIDIA GPU, 80 for A100 and 90 for H100.
+
+    Raises ValueError that lists what the platform has, or says what must be installed.
     """
+    has_triton = platform == "gpu" and compute_capability > 0
+    if has_triton and name in ("auto", "triton"):
+        return _triton(compute_capability)
     candidates = [impl for impl in IMPLEMENTATIONS if platform in impl.platforms]
     if name == "auto" and candidates:
         return candidates[0]
     for implementation in candidates:
         if implementation.name == name:
             return implementation
-    names = ", ".join(["auto", *(impl.name for impl in candidates)])
+    own = ["triton"] if has_triton else []
+    names = ", ".join(["auto", *own, *(impl.name for impl in candidates)])
     raise ValueError(f"--attention {name!r} is not available on {platform}; choose from: {names}")

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 HANDLER = "triton_kernel_call_ffi"
-ALIGNMENT = 16
-"""XLA aligns arrays to more; Triton needs it for wide loads, and the handler checks it."""
+WIDE_ALIGNMENT = 16
+"""Bytes. Triton needs it for wide loads; XLA aligns arrays that it allocates to more, and the
+handler checks it."""
 
 _COMPILING = threading.Lock()
 """Triton's compiler is for one thread at a time; programs are traced in several."""
@@ -31,6 +32,9 @@ _TRITON_TYPES = {
     "int32": "*i32",
     "uint16": "*u16",
 }
+_INDICES = _TRITON_TYPES["int32"]
+"""Indices and scalars are loaded one by one. A constant among them lies wherever XLA packed it, so
+nothing is promised of them but their own size."""
 
 
 class TritonMissing(ValueError):
@@ -96,7 +100,7 @@ def triton_call(
     compiled = compile_kernel(
         kernel, types, tuple(sorted(constants.items())), config, compute_capability
     )
-    opaque = _launch_record(compiled, len(types), grid, device_capability or compute_capability)
+    opaque = _launch_record(compiled, types, grid, device_capability or compute_capability)
     call = jax.ffi.ffi_call(HANDLER, list(out_types), input_output_aliases=dict(aliases or {}))
     return list(call(*arrays, opaque=opaque))
 
@@ -133,7 +137,11 @@ def compile_kernel(
         function,
         {name: signature[name] for name in names},
         constexprs=values,
-        attrs={(index,): [["tt.divisibility", ALIGNMENT]] for index in range(len(types))},
+        attrs={
+            (index,): [["tt.divisibility", WIDE_ALIGNMENT]]
+            for index, pointed in enumerate(types)
+            if pointed != _INDICES
+        },
     )
     options = {
         "num_warps": config.num_warps,
@@ -150,7 +158,10 @@ def compile_kernel(
 
 
 def _launch_record(
-    compiled: CompiledKernel, num_arrays: int, grid: tuple[int, ...], compute_capability: int
+    compiled: CompiledKernel,
+    types: Sequence[str],
+    grid: tuple[int, ...],
+    compute_capability: int,
 ) -> bytes:
     """What the handler reads: the kernel, its grid and its parameters."""
     from jaxlib import gpu_triton
@@ -167,7 +178,13 @@ def _launch_record(
         compute_capability,
     )
     no_bytes_to_zero = 0
-    parameters = [gpu_triton.create_array_parameter(no_bytes_to_zero, ALIGNMENT)] * num_arrays
+    int32_bytes = 4
+    parameters = [
+        gpu_triton.create_array_parameter(
+            no_bytes_to_zero, int32_bytes if pointed == _INDICES else WIDE_ALIGNMENT
+        )
+        for pointed in types
+    ]
     x, y, z = (*grid, 1, 1)[:3]
     call = gpu_triton.TritonKernelCall(kernel, x, y, z, parameters)
     no_metadata = b""

@@ -1,0 +1,1 @@
+"""Parts of `tools/bench_gpu.py`; each runs in a process of its own, which has the GPU to itself."""

@@ -196,8 +196,8 @@ class Hanging:
     def next_completion(self):
         threading.Event().wait()
 
-def start_and_hang(config, on_phase):
-    running = start_engine(config, on_phase)
+def start_and_hang(config, on_phase, *, leader=None):
+    running = start_engine(config, on_phase, leader=leader)
     loop = running.engine._loop
     loop._executor = Hanging(loop._executor)
     return running

@@ -13,7 +13,12 @@ import typer
 
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.cli.group_options import GroupOptions
-from jaxserve.cli.serve_group import LeaderSeat, run_follower, run_leader
+from jaxserve.cli.serve_group import (
+    LeaderSeat,
+    check_follower_options,
+    run_follower,
+    run_leader,
+)
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.group.config import DEFAULT_FOLLOWER_TIMEOUT_S, LEADER_ID
 from jaxserve.errors import ConfigError
@@ -174,6 +179,7 @@ def serve(
     if group is not None and watch is not None:
         raise ConfigError("--watch does not work with several processes yet: leave one out")
     if group is not None and group.process_id != LEADER_ID:
+        check_follower_options(group.process_id, engine_config, server_config)
         run_follower(group, engine_config, console)
     if host not in LOOPBACK_HOSTS:
         console.print(f"warning: {host} may be reached by others; requests are not authenticated")

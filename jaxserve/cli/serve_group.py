@@ -8,7 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -19,12 +19,17 @@ from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.group.config import GroupConfig, join_address
 from jaxserve.engine.group.gathering import Gathering
 from jaxserve.engine.hung_device import leave_at_once
+from jaxserve.errors import ConfigError
+from jaxserve.server.config import ServerConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxserve.engine.group.leader import Leader
     from jaxserve.engine.group.liveness import Loss
+
+_FLAGS = {"allowed_hosts": "allowed_host", "prefix_caching": "no_prefix_caching"}
+"""Fields of configs whose flags have other names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,24 @@ def run_leader(serve: Callable[[], int]) -> NoReturn:
     _keep_stdout()
     limit_collectives()
     _end_with(serve)
+
+
+def check_follower_options(
+    process_id: int, engine_config: EngineConfig, server_config: ServerConfig
+) -> None:
+    """Raises ConfigError for an option that no follower acts on: it has a model and a cache of
+    its own, and gets all else from the leader."""
+    own = EngineConfig(
+        model=engine_config.model, compilation_cache_dir=engine_config.compilation_cache_dir
+    )
+    for given, unset in ((engine_config, own), (server_config, ServerConfig())):
+        for field in fields(given):
+            if getattr(given, field.name) != getattr(unset, field.name):
+                flag = f"--{_FLAGS.get(field.name, field.name).replace('_', '-')}"
+                raise ConfigError(
+                    f"{flag} is for process 0, which tells the others: leave it out for "
+                    f"process {process_id}"
+                )
 
 
 def run_follower(group: GroupConfig, engine_config: EngineConfig, console: Console) -> NoReturn:

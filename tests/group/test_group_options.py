@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from jaxserve.cli.group_options import GroupOptions
+from jaxserve.cli.serve_group import check_follower_options
+from jaxserve.engine.config import EngineConfig
 from jaxserve.errors import ConfigError
+from jaxserve.server.config import ServerConfig
 
 NONE: dict[str, Any] = {
     "processes": 1,
@@ -73,3 +76,24 @@ def test_what_cannot_be_meant_is_refused_by_name(
         given = {**given, "token_file": token_file}
     with pytest.raises(ConfigError, match=message):
         GroupOptions(**{**NONE, **given}).config()
+
+
+@pytest.mark.parametrize(
+    ("engine", "server", "flag"),
+    [
+        ({"token_budget": 64}, {}, "--token-budget"),
+        ({"prefix_caching": False}, {}, "--no-prefix-caching"),
+        ({}, {"grpc_port": 0}, "--grpc-port"),
+        ({}, {"allowed_hosts": ("a",)}, "--allowed-host"),
+    ],
+)
+def test_a_follower_refuses_what_the_leader_decides(
+    engine: dict[str, Any], server: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{flag} is for process 0"):
+        check_follower_options(1, EngineConfig(**engine), ServerConfig(**server))
+
+
+def test_a_follower_has_a_model_and_a_cache_of_its_own(tmp_path: Path) -> None:
+    config = EngineConfig(model="other", compilation_cache_dir=tmp_path)
+    check_follower_options(1, config, ServerConfig())

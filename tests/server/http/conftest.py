@@ -1,36 +1,13 @@
-"""A scripted service and the official client of OpenAI's API for it."""
+"""The official client of OpenAI's API for the scripted service of the folder above."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import openai
 import pytest
 
-from tests.server.scripted_service import Service, start_service
-
-
-@pytest.fixture
-def make_service() -> Iterator[Callable[..., Service]]:
-    """A function that starts services; all are stopped at the end."""
-    services: list[Service] = []
-
-    def make(*, ready: bool = True, **options: Any) -> Service:
-        service = start_service(**options)
-        services.append(service)
-        if ready:
-            service.make_ready()
-        return service
-
-    yield make
-    for service in services:
-        service.close()
-
-
-@pytest.fixture
-def service(make_service: Callable[..., Service]) -> Service:
-    return make_service()
+from tests.server.scripted_service import Service
 
 
 @pytest.fixture

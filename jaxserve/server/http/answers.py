@@ -215,6 +215,7 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(head)
+        # A generator, which its type, an iterator, does not say.
         async with aclosing(self._events) as events:  # type: ignore[type-var]
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})

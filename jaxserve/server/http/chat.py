@@ -154,6 +154,7 @@ class _Form:
         reason = output.finish_reason
         end: ChatChoiceEnd = {
             "logprobs": logprobs,
+            # The enum has the values that the type lists.
             "finish_reason": None if reason is None else reason.value,  # type: ignore[typeddict-item]
             "stop_reason": output.stop_match,
         }

@@ -94,6 +94,7 @@ class _Form:
             "index": index,
             "text": output.text,
             "logprobs": None,
+            # The enum has the values that the type lists.
             "finish_reason": None if reason is None else reason.value,  # type: ignore[typeddict-item]
             "stop_reason": output.stop_match,
         }

@@ -36,6 +36,7 @@ class BoundedConnection(H11Protocol):
         self._stall_timeout_s = stall_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
 
+    # uvicorn narrows asyncio's type of a transport.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         end = transport.get_extra_info("socket")

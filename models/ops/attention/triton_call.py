@@ -60,7 +60,7 @@ class CompiledKernel:
 
 def check_installed() -> None:
     """Raises TritonMissing that says what to install."""
-    try:
+    try:  # Both are looked for here, and used elsewhere.
         import triton  # noqa: F401
         from jaxlib.gpu_triton import TritonKernel  # noqa: F401
     except ImportError as error:

@@ -9,8 +9,6 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from functools import partial
 
-import grpc
-
 from jaxserve.engine.encoder.texts import tokenize_texts
 from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput
 from jaxserve.errors import InvalidRequest, NotAccepting
@@ -20,7 +18,7 @@ from jaxserve.server import convert
 from jaxserve.server.metadata import REQUEST_ID_KEY
 from jaxserve.server.prompt_limits import check_request_id
 from jaxserve.server.state import ServerState, Serving
-from jaxserve.server.status import Context, abort_internal, end_with_status
+from jaxserve.server.status import Context, abort_internal, abort_late, end_with_status
 from models.chat_sandbox import ChatTemplateError
 from models.tokenizer import TokenizerError
 
@@ -143,6 +141,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     await abort_internal(context, request_id)
                 for response in convert.responses(output):
                     await context.write(response)
+                if output.finish_reason is FinishReason.DEADLINE:
+                    # The engine's clock may be first; the client gets one status either way.
+                    await abort_late(context)
 
     async def _token_ids(
         self, request: pb.GenerateRequest | pb.TokenizeRequest, serving: Serving
@@ -173,7 +174,7 @@ async def _end_unless_embedded(
     if FinishReason.ERROR in reasons:
         await abort_internal(context, request_id)
     if FinishReason.DEADLINE in reasons:
-        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")
+        await abort_late(context)
     if reasons:
         raise NotAccepting("the server stopped before all texts were embedded: use another one")
 

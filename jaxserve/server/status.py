@@ -53,3 +53,7 @@ async def abort_internal(context: Context, request_id: str) -> NoReturn:
     await context.abort(
         grpc.StatusCode.INTERNAL, f"the server failed on this request (request id {request_id})"
     )
+
+
+async def abort_late(context: Context) -> NoReturn:
+    await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed")

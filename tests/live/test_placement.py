@@ -19,8 +19,11 @@ from tools.policy_evaluation.placement import place_engine
 def ticks():
     found = {}
     for task in Path("/proc/self/task").iterdir():
-        fields = (task / "stat").read_text().rpartition(")")[2].split()
-        cores = frozenset(os.sched_getaffinity(int(task.name)))
+        try:
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+            cores = frozenset(os.sched_getaffinity(int(task.name)))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread that ended between the listing and the reading
         found[cores] = found.get(cores, 0) + int(fields[11]) + int(fields[12])
     return found
 

@@ -9,12 +9,13 @@ import pytest
 
 from jaxserve.engine.compilation import ProgramBuild
 from jaxserve.engine.startup import program_spec
-from tests.step.harness import tiny_settings
+from models.config import ModelConfig
+from tests.step.harness import TINY, tiny_settings
 
 
-def temp_bytes(rows: int, dtype: str, num_pages: int) -> int:
+def temp_bytes(rows: int, dtype: str, num_pages: int, config: ModelConfig = TINY) -> int:
     settings = replace(
-        tiny_settings(buckets=(rows,), max_num_seqs=1, num_pages=num_pages),
+        tiny_settings(buckets=(rows,), max_num_seqs=1, num_pages=num_pages, config=config),
         dtype=jnp.dtype(dtype),
     )
     with ProgramBuild(program_spec(settings)) as build:
@@ -27,4 +28,11 @@ def test_temporaries_do_not_grow_with_the_pool(rows: int, dtype: str) -> None:
     """The donated pool is updated in place, for any number of rows and dtype:
     neither a scatter of one row nor a float conversion copies it."""
     small, large = (temp_bytes(rows, dtype, num_pages) for num_pages in (200, 4000))
+    assert large == small
+
+
+def test_one_kv_head_makes_no_copy_of_the_pool() -> None:
+    """Its axis has length 1, so the pool has several layouts that are the same bytes."""
+    config = replace(TINY, num_kv_heads=1)
+    small, large = (temp_bytes(24, "float32", num_pages, config) for num_pages in (200, 4000))
     assert large == small

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from models.config import ModelConfig
@@ -81,4 +82,8 @@ def write_rows(
     rows = jnp.stack([k, v], axis=1)
     if kv_pool.dtype == jnp.uint16:
         rows = lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
-    return flat.at[layer_index, token_index].set(rows).reshape(kv_pool.shape)
+    written = flat.at[layer_index, token_index].set(rows).reshape(kv_pool.shape)
+    # With one KV head XLA may choose an order of axes that differs in name alone, and copies
+    # the pool to change it.
+    in_place: jax.Array = with_layout_constraint(written, Layout(tuple(range(written.ndim))))
+    return in_place

@@ -130,7 +130,8 @@ def _attend_group(
     their pages `page_rows [W, pages]`; returns `[W, R, K, G, D]`."""
     width, rows, num_kv_heads, group, head_dim = q.shape
     block_tokens = tiling.block_tokens
-    pages = kv_pool.reshape(-1, *kv_pool.shape[2:])
+    # A page is one row, so that no axis of its inside gives the pool another layout.
+    pages = kv_pool.reshape(kv_pool.shape[0] * kv_pool.shape[1], -1)
     layer_offset = layer_index * kv_pool.shape[1]
     # [W, K, R * G, D]: one small matrix product per item and KV head.
     q = q.transpose(0, 2, 1, 3, 4).reshape(width, num_kv_heads, rows * group, head_dim)

@@ -78,7 +78,7 @@ def pool_figures(
     settings: EngineSettings, params: Any, args: argparse.Namespace
 ) -> dict[str, float]:
     """Step time with a small and a large pool, alternating; temporaries."""
-    one_page = page_bytes(settings.model_config, 16, settings.dtype)
+    one_page = page_bytes(settings.model_config, 16, settings.pool_dtype)
     runs = {}
     for name, megabytes in (("small", args.small_pool_mb), ("large", args.large_pool_mb)):
         num_pages = megabytes * 2**20 // one_page - 1
@@ -87,14 +87,15 @@ def pool_figures(
         executor = build_executor(replace(settings, scheduler=scheduler), params)
         runs[name] = decode_step(executor, [32] * NUM_SLOTS)
     times = alternate(runs, args.repeats)
-    layer = kv_pool_shape(settings.model_config, args.large_pool_mb * 2**20 // one_page, 16)[1:]
+    large_pages = args.large_pool_mb * 2**20 // one_page
+    layer = kv_pool_shape(settings.model_config, large_pages, 16, settings.pool_dtype)[1:]
     program = build_executor(settings, params)
     return {
         "step_ms_small_pool": times["small"],
         "step_ms_large_pool": times["large"],
         "large_over_small_pool": times["large"] / times["small"],
         "temporaries_mb": program.programs.temp_bytes / 1e6,
-        "one_kv_layer_of_large_pool_mb": float(np.prod(layer)) * settings.dtype.itemsize / 1e6,
+        "one_kv_layer_of_large_pool_mb": float(np.prod(layer)) * settings.pool_dtype.itemsize / 1e6,
         "weights_mb": bytes_per_device(params) / 1e6,
     }
 

@@ -17,6 +17,7 @@ from jaxserve.engine.config import EngineConfig
 from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
+    from jaxserve.engine.memory_plan import MemoryPlan
     from jaxserve.engine.quality import Quality
 
 _TEXT = "Text"
@@ -25,11 +26,13 @@ _TEXT = "Text"
 @dataclass(frozen=True, slots=True)
 class _Row:
     quantization: str
+    kv_cache_dtype: str
     weights_bytes: int
+    kv_bytes_per_token: float
     num_tokens: int
     perplexity: float
     cost: float
-    """Perplexity over that of the weights as they are, less one."""
+    """Perplexity over that of the first row, less one."""
 
 
 @with_engine_options
@@ -54,19 +57,32 @@ def quality(
 ) -> None:
     """Perplexity on a text, through the steps that serve.
 
-    With --quantization, the weights as they are get measured too, and the cost is printed.
+    With --quantization or --kv-cache-dtype, the model as it is gets measured too, and the cost is
+    printed: of each, and of both together.
 
     Example: jaxserve bench quality --text examples/train/data/speeches.jsonl --quantization int8
     """
     content = _read(text)
-    formats = dict.fromkeys(("none", engine_config.quantization))
+    weights, kv = engine_config.quantization, engine_config.kv_cache_dtype
+    formats = dict.fromkeys((("none", "auto"), (weights, "auto"), ("none", kv), (weights, kv)))
     rows: list[_Row] = []
-    for name in formats:
-        measured, weights_bytes = _measure(
-            replace(engine_config, quantization=name), content, num_tokens, window
-        )
+    for quantization, kv_cache_dtype in formats:
+        config = replace(engine_config, quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+        measured, memory = _measure(config, content, num_tokens, window)
         cost = measured.perplexity / rows[0].perplexity - 1 if rows else 0.0
-        rows.append(_Row(name, weights_bytes, measured.num_tokens, measured.perplexity, cost))
+        # One page is spare, see `kv_pool`.
+        num_pool_tokens = (memory.num_pages + 1) * config.page_size * config.mesh.data
+        rows.append(
+            _Row(
+                quantization,
+                kv_cache_dtype,
+                memory.weights_bytes,
+                memory.kv_pool_bytes * config.mesh.num_devices / num_pool_tokens,
+                measured.num_tokens,
+                measured.perplexity,
+                cost,
+            )
+        )
     if as_json:
         typer.echo(json.dumps({"model": engine_config.model, "rows": [asdict(r) for r in rows]}))
     else:
@@ -75,7 +91,7 @@ def quality(
 
 def _measure(
     config: EngineConfig, content: str, num_tokens: int, window: int
-) -> tuple[Quality, int]:
+) -> tuple[Quality, MemoryPlan]:
     from jaxserve.engine.quality import measure_quality
 
     with local_engine(config) as running:
@@ -85,7 +101,7 @@ def _measure(
             )
         token_ids = running.tokenizer.encode(content)[:num_tokens]
         measured = measure_quality(running.engine, token_ids, window=window)
-        return measured, running.report.memory.weights_bytes
+        return measured, running.report.memory
 
 
 def _read(path: Path) -> str:
@@ -104,12 +120,16 @@ def _read(path: Path) -> str:
 
 def _table(model: str, rows: list[_Row]) -> Table:
     table = Table(title=model, title_justify="left")
-    for name in ("quantization", "weights", "tokens", "perplexity", "cost"):
-        table.add_column(name, justify="left" if name == "quantization" else "right")
+    for name in ("quantization", "keys and values"):
+        table.add_column(name)
+    for name in ("weights", "a token's", "tokens", "perplexity", "cost"):
+        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row.quantization,
+            row.kv_cache_dtype,
             f"{row.weights_bytes / 1e6:.0f} MB",
+            f"{row.kv_bytes_per_token / 1e3:.1f} kB",
             str(row.num_tokens),
             f"{row.perplexity:.3f}",
             f"{100 * row.cost:+.2f} %",

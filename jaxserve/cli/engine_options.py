@@ -20,7 +20,14 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxserve.engine.config import DTYPES, POLICIES, QUANTIZATIONS, STEP_BUDGETS, EngineConfig
+from jaxserve.engine.config import (
+    DTYPES,
+    KV_CACHE_DTYPES,
+    POLICIES,
+    QUANTIZATIONS,
+    STEP_BUDGETS,
+    EngineConfig,
+)
 from models.mesh_shape import MeshError, MeshShape, parse_mesh
 
 _UNIT_BYTES = {"": 1, "b": 1} | {
@@ -211,6 +218,15 @@ ENGINE_OPTIONS: dict[str, Any] = {
             metavar="SIZE",
             parser=parse_byte_size,
             show_default="8 full-length requests on a CPU, 85% of free memory on a GPU",
+            rich_help_panel=_MEMORY,
+        ),
+    ],
+    "kv_cache_dtype": Annotated[
+        str,
+        typer.Option(
+            help="Of keys and values: auto (--dtype), int8 or fp8_e4m3. Room for more tokens; the "
+            "cost in quality is in docs/models.md.",
+            autocompletion=_complete_from(KV_CACHE_DTYPES),
             rich_help_panel=_MEMORY,
         ),
     ],

@@ -48,6 +48,7 @@ def _settings_table(report: StartupReport) -> Table:
         "mesh": _mesh_text(settings.mesh),
         "dtype": settings.dtype.name,
         "weights": settings.quantization or settings.dtype.name,
+        "keys and values": settings.kv_quantization or settings.dtype.name,
         "attention": settings.attention.name,
         "policy": scheduler.policy,
         "token budget": str(scheduler.token_budget),

@@ -21,6 +21,7 @@ POLICIES = (
     "slack",
 )
 QUANTIZATIONS = ("none", "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8_e4m3")
 STEP_BUDGETS = ("tokens", "time", "slack")
 
 
@@ -32,10 +33,14 @@ class EngineConfig:
     model: str = "smollm2-135m-instruct"
     """Catalogue name, or a path to a GGUF file or a Hugging Face folder."""
     dtype: str = "auto"
-    """Of weights and KV cache. auto: float32 on a CPU, bfloat16 on a GPU."""
+    """Of weights and, if `kv_cache_dtype` is auto, of the KV cache. auto: float32 on a CPU,
+    bfloat16 on a GPU."""
     quantization: str = "none"
     """Of the projections' weights: int8 (a scale for each output channel) or int4 (one for each
     32 inputs of a channel)."""
+    kv_cache_dtype: str = "auto"
+    """Of keys and values. auto: that of `dtype`. int8 and fp8_e4m3 keep a scale for each head of
+    each token."""
     mesh: MeshShape = ONE_DEVICE
     """Devices that serve the model. Slots, pages and token budget are those of one replica."""
     virtual_devices: int | None = None
@@ -80,6 +85,11 @@ class EngineConfig:
             raise ConfigError(
                 f"--quantization must be one of {', '.join(QUANTIZATIONS)}, not "
                 f"{self.quantization!r}"
+            )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"--kv-cache-dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not "
+                f"{self.kv_cache_dtype!r}"
             )
         if self.policy not in POLICIES:
             raise ConfigError(f"--policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")

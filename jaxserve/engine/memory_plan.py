@@ -91,7 +91,8 @@ def choose_num_pages(
 
     Args:
         config: of the model, with as many KV heads as are kept.
-        page_size, dtype, max_model_len, max_num_seqs: of a replica.
+        page_size, max_model_len, max_num_seqs: of a replica.
+        dtype: of the pool.
         kv_cache_bytes: of a replica, on all of its devices together.
         weights_bytes: on each device.
         device: the first one.

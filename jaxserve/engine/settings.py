@@ -23,6 +23,7 @@ from models.config import ModelConfig
 from models.decoder import Params
 from models.gpu_layout import shapes_on_gpu
 from models.mesh_shape import ONE_DEVICE, MeshShape
+from models.ops.attention.kv_pool import storage_dtype
 from models.ops.attention.registry import AttentionImplementation, select
 from models.ops.attention.work import AttentionTiling
 from models.quantization import check_quantizable, quantized_shapes
@@ -88,6 +89,8 @@ class EngineSettings:
     """`objective.tbt_s` was asked for, so steps are measured at start."""
     quantization: str | None = None
     """Of the projections' weights, one of `models.ops.quantized.FORMATS`."""
+    kv_quantization: str | None = None
+    """Of keys and values, one of `kv_quantization.FORMATS`."""
     sharding: ModelSharding | None = None
     """On more devices than `device`; None on one."""
     lays_out_for_gpu: bool = False
@@ -97,6 +100,11 @@ class EngineSettings:
     @property
     def mesh(self) -> MeshShape:
         return ONE_DEVICE if self.sharding is None else self.sharding.shape
+
+    @property
+    def pool_dtype(self) -> np.dtype:
+        """Of the KV pool, as it is stored."""
+        return storage_dtype(self.dtype, self.kv_quantization)
 
     @property
     def num_seqs(self) -> int:
@@ -139,6 +147,7 @@ def resolve_settings(
         attention = select(config.attention, device.platform, _compute_capability(device))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    kv_quantization = _kv_quantization(config, attention)
     model_limit = model_config.max_position_embeddings
     max_model_len = config.max_model_len or min(model_limit, defaults.max_model_len)
     if max_model_len > model_limit:
@@ -155,7 +164,7 @@ def resolve_settings(
     num_pages = choose_num_pages(
         model_config if sharding is None else sharding.served_config,
         page_size=config.page_size,
-        dtype=dtype,
+        dtype=storage_dtype(dtype, kv_quantization),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_bytes=config.kv_cache_bytes,
@@ -192,12 +201,24 @@ def resolve_settings(
         objective=_objective(config),
         has_tbt_objective=config.slo_tbt_ms is not None,
         quantization=quantization,
+        kv_quantization=kv_quantization,
         sharding=sharding,
         # On a mesh a device's columns of the three are not side by side in the whole matrix.
         lays_out_for_gpu=defaults.lays_out_for_gpu and sharding is None,
         compiler_options=defaults.compiler_options,
         cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
+
+
+def _kv_quantization(config: EngineConfig, attention: AttentionImplementation) -> str | None:
+    if config.kv_cache_dtype == "auto":
+        return None
+    if not attention.takes_quantized_pool:
+        raise ConfigError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} is not available with --attention "
+            f"{attention.name}: leave it out, or choose --attention reference, which is slower"
+        )
+    return config.kv_cache_dtype
 
 
 class _Pipelining(TypedDict, total=False):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.slots import SlotState, slot_state_shapes
-from models.ops.attention.kv_pool import KV_POOL_AXES, kv_pool_shape, storage_dtype
+from models.ops.attention.kv_pool import KV_POOL_AXES, kv_pool_shape
 from models.sharding import ModelSharding
 
 
@@ -31,17 +31,19 @@ class StepArrays:
 def abstract_arrays(settings: EngineSettings) -> StepArrays:
     """Shapes, dtypes and, on a mesh, shardings."""
     scheduler, sharding = settings.scheduler, settings.sharding
-    dtype = storage_dtype(settings.dtype)
+    dtype = settings.pool_dtype
     if sharding is None:
         config = settings.model_config
-        pool = kv_pool_shape(config, scheduler.num_pages, scheduler.page_size)
+        pool = kv_pool_shape(config, scheduler.num_pages, scheduler.page_size, dtype)
         return StepArrays(
             jax.ShapeDtypeStruct(pool, dtype),
             slot_state_shapes(scheduler.max_num_seqs, config.vocab_size),
             None,
         )
     config, num_replicas = sharding.served_config, sharding.shape.data
-    num_layers, num_pages, *rest = kv_pool_shape(config, scheduler.num_pages, scheduler.page_size)
+    num_layers, num_pages, *rest = kv_pool_shape(
+        config, scheduler.num_pages, scheduler.page_size, dtype
+    )
     slots = slot_state_shapes(num_replicas * scheduler.max_num_seqs, config.vocab_size)
     return StepArrays(
         jax.ShapeDtypeStruct(

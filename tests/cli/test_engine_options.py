@@ -53,6 +53,7 @@ def test_every_option_reaches_its_field() -> None:
         "-m tiny.gguf --dtype float32 --quantization int8 --policy slack "
         "--token-budget 64 --buckets 8,64 --step-budget slack --slo-tbt-ms 50 --slo-ttft-ms 900.5 "
         "--max-num-seqs 8 --max-model-len 512 --kv-cache-bytes 1.5MiB --page-size 32 "
+        "--kv-cache-dtype int8 "
         "--watermark 0.1 --max-queued-requests 5 --max-queued-tokens 99 --no-prefix-caching "
         "--mesh tensor=2,data=2 --virtual-devices 4 "
         "--attention reference --compilation-cache-dir cache --port 7"
@@ -70,6 +71,7 @@ def test_every_option_reaches_its_field() -> None:
         max_num_seqs=8,
         max_model_len=512,
         kv_cache_bytes=3 << 19,
+        kv_cache_dtype="int8",
         page_size=32,
         watermark=0.1,
         max_queued_requests=5,

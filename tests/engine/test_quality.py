@@ -49,23 +49,30 @@ def perplexity_of_a_plain_forward(model: Path) -> float:
     return float(np.exp(np.concatenate(losses).mean()))
 
 
-def test_the_command_tells_perplexity_and_what_int8_costs(
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_command_tells_perplexity_and_what_8_bits_cost(
     model: Path, compilation_cache: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     flags = f"--max-model-len 96 --token-budget 16 --buckets one --max-num-seqs 4 --window {WINDOW}"
     command = ["quality", "--model", model, "--text", text, "--quantization", "int8", "--json"]
+    command += ["--kv-cache-dtype", "int8"]
     command += [*flags.split(), "--compilation-cache-dir", compilation_cache]
     result = CliRunner().invoke(app, [str(part) for part in command], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    plain, int8 = json.loads(result.stdout)["rows"]
+    plain, int8, int8_pages, both = json.loads(result.stdout)["rows"]
     assert plain["perplexity"] == pytest.approx(perplexity_of_a_plain_forward(model), rel=1e-5)
     num_windows = len(TEXT) // WINDOW
     assert plain["num_tokens"] == int8["num_tokens"] == len(TEXT) - num_windows
     assert int8["weights_bytes"] < 0.75 * plain["weights_bytes"]
     assert 0 < abs(int8["cost"]) < 0.01
     assert int8["cost"] == int8["perplexity"] / plain["perplexity"] - 1
+    # Two heads of two layers, keys and values: 8 floats, or 8 bytes and a scale.
+    assert plain["kv_bytes_per_token"] == int8["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    assert int8_pages["kv_bytes_per_token"] == both["kv_bytes_per_token"] == 2 * 2 * 2 * (8 + 4)
+    assert 0 < abs(int8_pages["cost"]) < 0.01
+    assert both["cost"] not in (int8["cost"], int8_pages["cost"])
 
 
 def test_a_text_without_words_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def tiny_settings(
     num_pages: int = 200,
     prefix_caching: bool = False,
     config: ModelConfig = TINY,
+    kv_cache_dtype: str = "auto",
 ) -> EngineSettings:
     engine_config = EngineConfig(
         model="tiny",
@@ -67,6 +68,7 @@ def tiny_settings(
         max_model_len=max_model_len,
         page_size=page_size,
         prefix_caching=prefix_caching,
+        kv_cache_dtype=kv_cache_dtype,
         compilation_cache_dir=Path("unused"),
     )
     settings = resolve_settings(engine_config, config, jax.devices()[0])
@@ -111,7 +113,10 @@ def make_request(
 
 @partial(jax.jit, donate_argnums=0)
 def _poison(kv_pool: jax.Array, page_ids: jax.Array) -> jax.Array:
-    return kv_pool.at[:, page_ids].set(jnp.nan)
+    # Of any dtype: all ones are NaN as a bfloat16, and as the scale of 8-bit values.
+    is_float = jnp.issubdtype(kv_pool.dtype, jnp.floating)
+    poison = jnp.nan if is_float else ~jnp.zeros((), kv_pool.dtype)
+    return kv_pool.at[:, page_ids].set(poison)
 
 
 class Driver:

@@ -36,6 +36,7 @@ def run_case(
     buckets: tuple[int, ...] = (24,),
     policy: str = "sarathi",
     quantization: str = "none",
+    kv_cache_dtype: str = "auto",
     token_budget: int | None = None,
     num_requests: int = 7,
     max_num_seqs: int = 6,
@@ -69,6 +70,7 @@ def run_case(
         page_size=4,
         policy=policy,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         compilation_cache_dir=Path("unused"),
     )
     settings = resolve_settings(engine_config, model_config, jax.devices()[0])

@@ -63,6 +63,14 @@ def assert_same_bits(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["logprobs"] == wanted["logprobs"]
 
 
+def right_logprobs(model: str) -> np.ndarray:
+    """Of the golden's tokens after the first."""
+    golden = np.load(TINY / model / "logits.npz", allow_pickle=False)
+    expected = np.asarray(jax.nn.log_softmax(golden["logits"], axis=-1))
+    token_ids = golden["token_ids"]
+    return expected[np.arange(len(token_ids) - 1), token_ids[1:]]
+
+
 @pytest.fixture(scope="module")
 def fast(compilation_cache: Path) -> dict[str, Any]:
     return run(FAST, compilation_cache)
@@ -83,6 +91,30 @@ def test_nothing_compiles_when_a_mesh_serves(fast: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
+def test_8_bits_on_a_mesh_are_those_of_one_device(compilation_cache: Path) -> None:
+    weights = {"model": "phi3", "quantization": "int8", "scored": True}  # Fused: columns move.
+    pages = {"kv_cache_dtype": "int8"}
+    results = run(
+        {
+            "weights": weights,
+            "weights, parts": {**weights, "mesh": "stage=2,tensor=2"},
+            "pages": pages,
+            "pages, parts": {**pages, "mesh": "data=2,stage=2"},
+        },
+        compilation_cache,
+        QUICK_COMPILATION,
+    )
+    for name in ("weights", "pages"):
+        assert results[f"{name}, parts"]["compiles"] == 0
+    assert_same_bits(results["pages, parts"], results["pages"])
+    found = results["weights, parts"]["prompt_logprobs"]
+    np.testing.assert_allclose(
+        found, results["weights"]["prompt_logprobs"], rtol=0, atol=LOGPROB_TOLERANCE
+    )
+    assert np.abs(np.subtract(found, right_logprobs("phi3"))).max() > 100 * LOGPROB_TOLERANCE
+
+
+@pytest.mark.long
 def test_every_mesh_gives_the_same_tokens(compilation_cache: Path) -> None:
     cases = {mesh: {"mesh": mesh} for mesh in ("tensor=1", *LONG_MESHES)}
     results = run(cases, compilation_cache)
@@ -97,12 +129,12 @@ def test_every_mesh_gives_the_same_tokens(compilation_cache: Path) -> None:
 def test_every_kind_of_layer_can_be_divided(compilation_cache: Path) -> None:
     cases = {kind: {"model": kind, "mesh": "stage=2,tensor=2", "scored": True} for kind in KINDS}
     for kind, result in run(cases, compilation_cache, QUICK_COMPILATION).items():
-        golden = np.load(TINY / kind / "logits.npz", allow_pickle=False)
-        expected = np.asarray(jax.nn.log_softmax(golden["logits"], axis=-1))
-        token_ids = golden["token_ids"]
-        wanted = expected[np.arange(len(token_ids) - 1), token_ids[1:]]
         np.testing.assert_allclose(
-            result["prompt_logprobs"], wanted, rtol=0, atol=LOGPROB_TOLERANCE, err_msg=kind
+            result["prompt_logprobs"],
+            right_logprobs(kind),
+            rtol=0,
+            atol=LOGPROB_TOLERANCE,
+            err_msg=kind,
         )
         assert result["compiles"] == 0, kind
         assert result["largest_part"] == 1 / 4, kind
@@ -115,7 +147,7 @@ def test_uniform_chunks_leave_stages_idle_for_a_third_of_orcas_rows(
     common = {
         "mesh": "stage=4",
         "buckets": (8, 72),
-        "num_requests": 40,
+        "num_requests": 16,
         "max_num_seqs": 8,
         "num_pages": 200,
     }

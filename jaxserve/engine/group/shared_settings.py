@@ -16,7 +16,14 @@ from jaxserve.engine.step_arrays import abstract_arrays
 from models.mesh_shape import parse_mesh
 from models.ops.attention.kv_pool import page_bytes
 
-_AS_GIVEN = ("quantization", "policy", "page_size", "watermark", "prefix_caching")
+_AS_GIVEN = (
+    "quantization",
+    "kv_cache_dtype",
+    "policy",
+    "page_size",
+    "watermark",
+    "prefix_caching",
+)
 
 
 def shared_settings(config: EngineConfig, settings: EngineSettings) -> dict[str, Any]:
@@ -26,7 +33,7 @@ def shared_settings(config: EngineConfig, settings: EngineSettings) -> dict[str,
     """
     scheduler, sharding = settings.scheduler, settings.sharding
     model_config = settings.model_config if sharding is None else sharding.served_config
-    one_page = page_bytes(model_config, scheduler.page_size, settings.dtype)
+    one_page = page_bytes(model_config, scheduler.page_size, settings.pool_dtype)
     return {
         **{name: getattr(config, name) for name in _AS_GIVEN},
         "mesh": str(config.mesh),

@@ -50,8 +50,7 @@ def ragged_paged_attention(
 
     Args:
         q: `[T, H, D]`, rotated, not scaled.
-        kv_pool: `[L, P + 1, page_size, 2, K, D]`, with this step's own keys
-            and values already written.
+        kv_pool: see `kv_pool`, with this step's own keys and values already written.
         layer_index: int32 scalar.
         work: both row views, see `AttentionWork`.
         tiling: static sizes.
@@ -152,8 +151,8 @@ def _attend_group(
         columns = block[:, None] * tiling.pages_per_block + jnp.arange(tiling.pages_per_block)
         # Items that are done read their last columns again, fully masked.
         page_ids = jnp.take_along_axis(page_rows, columns, axis=1, mode="clip")
-        kv = as_values(pages[layer_offset + page_ids])
-        kv = kv.reshape(width, block_tokens, 2, num_kv_heads, head_dim)
+        kv = pages[layer_offset + page_ids]
+        kv = as_values(kv.reshape(width, block_tokens, *kv_pool.shape[3:]))
         key_positions = block[:, None] * block_tokens + jnp.arange(block_tokens)
         held = key_positions <= last_positions[:, None]
         visible = key_positions[:, None, :] <= row_positions[:, :, None]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from models.ops.attention import reference
 from models.ops.attention.kv_pool import write_rows
 from models.ops.attention.work import AttentionTiling, AttentionWork
+
+if TYPE_CHECKING:
+    from models.ops.attention.triton_attention import TritonAttention
 
 
 def _reference_tiling(page_size: int, num_heads: int, num_kv_heads: int) -> AttentionTiling:
@@ -36,10 +39,17 @@ class AttentionImplementation:
     it, computed once a step, before the layers."""
     choose_tiling: Callable[[int, int, int], AttentionTiling] = _reference_tiling
     """By page size, query heads and KV heads."""
+    takes_quantized_pool: bool = False
+    """Whether it knows the formats of `kv_quantization`."""
 
 
 IMPLEMENTATIONS = (
-    AttentionImplementation("reference", ("cpu", "gpu", "tpu"), reference.ragged_paged_attention),
+    AttentionImplementation(
+        "reference",
+        ("cpu", "gpu", "tpu"),
+        reference.ragged_paged_attention,
+        takes_quantized_pool=True,
+    ),
 )
 """Those that run on any machine, best first within a platform."""
 
@@ -49,7 +59,11 @@ def _triton(compute_capability: int) -> AttentionImplementation:
     from models.ops.attention.triton_call import check_installed
 
     check_installed()
-    attention = TritonAttention(compute_capability)
+    return triton_implementation(TritonAttention(compute_capability))
+
+
+def triton_implementation(attention: TritonAttention) -> AttentionImplementation:
+    """The Triton kernels for one kind of GPU, whether they can be launched here or not."""
     return AttentionImplementation(
         "triton",
         ("gpu",),

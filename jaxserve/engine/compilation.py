@@ -198,26 +198,28 @@ class ProgramBuild:
 
 
 def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:
-    return _lower_step(spec, layout).compile(compiler_options=dict(spec.compiler_options) or None)
+    lowered = trace_step(spec, layout).lower()
+    return lowered.compile(compiler_options=dict(spec.compiler_options) or None)
 
 
-def _lower_step(spec: ProgramSpec, layout: StepLayout) -> jax.stages.Lowered:
+def trace_step(spec: ProgramSpec, layout: StepLayout) -> jax.stages.Traced:
+    """The step of one bucket, for any platform."""
     sharding, arrays = spec.sharding, spec.arrays
     if sharding is None:
         step = make_step(spec.config, layout, spec.attention)
         vector = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         program = jax.jit(step, donate_argnums=(1, 2))
-        return program.lower(spec.params, arrays.kv_pool, arrays.slots, vector)
+        return program.trace(spec.params, arrays.kv_pool, arrays.slots, vector)
     vector = jax.ShapeDtypeStruct(
         (spec.mesh.data, spec.mesh.stage, layout.size), jnp.int32, sharding=_inputs_sharding(spec)
     )
     if arrays.between_stages is None:
         mesh_step = make_mesh_step(sharding, layout, spec.attention, spec.params)
         program = jax.jit(mesh_step, donate_argnums=(1, 2))
-        return program.lower(spec.params, arrays.kv_pool, arrays.slots, vector)
+        return program.trace(spec.params, arrays.kv_pool, arrays.slots, vector)
     tick = make_tick(sharding, layout, spec.attention, spec.params)
     program = jax.jit(tick, donate_argnums=(1, 2, 3))
-    return program.lower(spec.params, arrays.kv_pool, arrays.slots, arrays.between_stages, vector)
+    return program.trace(spec.params, arrays.kv_pool, arrays.slots, arrays.between_stages, vector)
 
 
 def _inputs_sharding(spec: ProgramSpec) -> Sharding:

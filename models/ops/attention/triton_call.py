@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,40 @@ def check_installed() -> None:
         ) from error
 
 
+def launch_record(
+    compiled: CompiledKernel,
+    types: Sequence[str],
+    grid: tuple[int, ...],
+    compute_capability: int,
+) -> bytes:
+    """What the handler reads: the kernel, its grid and its parameters. Needs JAX's CUDA plugin."""
+    from jaxlib import gpu_triton
+
+    num_ctas = 1
+    no_ttir = ""
+    kernel = gpu_triton.TritonKernel(
+        compiled.name,
+        compiled.num_warps,
+        num_ctas,
+        compiled.shared_bytes,
+        compiled.ptx,
+        no_ttir,
+        compute_capability,
+    )
+    no_bytes_to_zero = 0
+    int32_bytes = 4
+    parameters = [
+        gpu_triton.create_array_parameter(
+            no_bytes_to_zero, int32_bytes if pointed == _INDICES else WIDE_ALIGNMENT
+        )
+        for pointed in types
+    ]
+    x, y, z = (*grid, 1, 1)[:3]
+    call = gpu_triton.TritonKernelCall(kernel, x, y, z, parameters)
+    no_metadata = b""
+    return zlib.compress(call.to_proto(compiled.name, no_metadata))
+
+
 def triton_call(
     kernel: str,
     arrays: Sequence[jax.Array],
@@ -81,6 +115,7 @@ def triton_call(
     compute_capability: int,
     aliases: Mapping[int, int] | None = None,
     device_capability: int | None = None,
+    make_record: Callable[..., bytes] = launch_record,
 ) -> list[jax.Array]:
     """Runs a kernel of `triton_kernels` over `arrays`.
 
@@ -95,12 +130,13 @@ def triton_call(
         compute_capability: 80 for A100, 90 for H100.
         aliases: argument index to the index of the result that takes its memory.
         device_capability: of the device, where the kernel is compiled for an older one.
+        make_record: `launch_record`, or what takes its place where a program is only lowered.
     """
     types = kernel_types([*arrays, *out_types])
     compiled = compile_kernel(
         kernel, types, tuple(sorted(constants.items())), config, compute_capability
     )
-    opaque = _launch_record(compiled, types, grid, device_capability or compute_capability)
+    opaque = make_record(compiled, types, grid, device_capability or compute_capability)
     call = jax.ffi.ffi_call(HANDLER, list(out_types), input_output_aliases=dict(aliases or {}))
     return list(call(*arrays, opaque=opaque))
 
@@ -118,8 +154,7 @@ def compile_kernel(
     config: KernelConfig,
     compute_capability: int,
 ) -> CompiledKernel:
-    """Compiles to PTX. Raises TritonMissing."""
-    check_installed()
+    """Compiles to PTX, for which neither a GPU nor JAX's CUDA plugin is needed."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -155,37 +190,3 @@ def compile_kernel(
         )
     metadata = binary.metadata
     return CompiledKernel(metadata.name, binary.asm["ptx"], metadata.shared, metadata.num_warps)
-
-
-def _launch_record(
-    compiled: CompiledKernel,
-    types: Sequence[str],
-    grid: tuple[int, ...],
-    compute_capability: int,
-) -> bytes:
-    """What the handler reads: the kernel, its grid and its parameters."""
-    from jaxlib import gpu_triton
-
-    num_ctas = 1
-    no_ttir = ""
-    kernel = gpu_triton.TritonKernel(
-        compiled.name,
-        compiled.num_warps,
-        num_ctas,
-        compiled.shared_bytes,
-        compiled.ptx,
-        no_ttir,
-        compute_capability,
-    )
-    no_bytes_to_zero = 0
-    int32_bytes = 4
-    parameters = [
-        gpu_triton.create_array_parameter(
-            no_bytes_to_zero, int32_bytes if pointed == _INDICES else WIDE_ALIGNMENT
-        )
-        for pointed in types
-    ]
-    x, y, z = (*grid, 1, 1)[:3]
-    call = gpu_triton.TritonKernelCall(kernel, x, y, z, parameters)
-    no_metadata = b""
-    return zlib.compress(call.to_proto(compiled.name, no_metadata))

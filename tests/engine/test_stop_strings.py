@@ -80,7 +80,7 @@ def test_without_stop_strings_nothing_is_held() -> None:
 def test_a_hostile_stop_string_costs_little() -> None:
     stop = ["a" * 255 + chr(ord("b") + index) for index in range(16)]
     matcher = StopStringMatcher(stop)
-    started = time.perf_counter()
+    started = time.process_time()  # Which a busy machine does not stretch.
     for _ in range(1000):
         matcher.push("a")
-    assert (time.perf_counter() - started) / 1000 < 2e-3
+    assert (time.process_time() - started) / 1000 < 2e-3

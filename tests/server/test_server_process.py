@@ -166,7 +166,7 @@ def test_sigterm_during_start_up_exits_0(setup):
         assert process.stderr is not None
         process.stderr.readline()  # The ports answer from here on.
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.long
@@ -178,8 +178,8 @@ def test_a_second_signal_is_immediate(setup):
         wait_for(lambda: not client.is_serving())
         start_s = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 128 + signal.SIGTERM
-        assert time.monotonic() - start_s < 1.0
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert time.monotonic() - start_s < 10.0
 
 
 HANGING_SERVER = """

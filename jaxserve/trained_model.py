@@ -66,7 +66,7 @@ def _on_its_base(run: ModelSource, leaves: dict[str, Any]) -> ModelSource:
             "folder of the training run"
         )
     config = build(TrainConfig, read_toml(folder.config), str(folder.config))
-    name = config.model.source
+    name = config.language_model.source
     if config.lora is None or name is None:
         raise ConfigError(
             f"{run.path} holds adapters alone, but {folder.config} has no [lora] with a "

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from jaxserve.registry_packages import FetchError
 from tools.corpora.catalog import CATALOG, Corpus
-from tools.corpora.fetch import FetchError
 
 
 def fetch_corpus(corpus: Corpus, folder: Path, output_format: str = "jsonl") -> Path:

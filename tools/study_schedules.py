@@ -25,8 +25,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from jaxserve.registry_packages import FetchError
 from tools.corpora.catalog import CATALOG
-from tools.corpora.fetch import FetchError
 from tools.get_corpus import fetch_corpus
 from tools.schedule_study.char_study import run_char_study
 from tools.schedule_study.corpus import read_corpus

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from jaxserve.cli import data_xc
 from jaxserve.cli.data_view import ProgressView, describe, render_example
 from jaxserve.trainer.data.dataset import TokenDataset
 from jaxserve.trainer.data.encode_sources import Progress
@@ -17,6 +18,7 @@ from jaxserve.trainer.data.prepare_config import PrepareConfig
 from jaxserve.trainer.data.tokenizer_source import load_tokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.add_typer(data_xc.app, name="xc")
 
 _DEFAULTS = PrepareConfig(sources=(Path(),), out=Path())
 
@@ -32,6 +34,8 @@ def data() -> None:
     jaxserve data prepare chats.jsonl.zst --kind chat --out data/chats --tokenizer model.gguf
 
     jaxserve data inspect data/chats --show 2
+
+    jaxserve data xc wordnet-hypernyms --out data/wordnet
     """
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jaxserve.trainer.cadence import Cadence
 from jaxserve.trainer.config_file import build, flat_fields, read_toml, with_settings
@@ -21,9 +21,12 @@ from jaxserve.trainer.step_config import (
     StepConfig,
 )
 from jaxserve.trainer.world import Mode
+from jaxserve.xc.config import XcSection
 from models.config import ModelConfig
 from schedules.config import ScheduleConfig
 from schedules.tuner_config import TunerConfig
+
+Task: TypeAlias = Literal["causal_lm", "extreme_classification"]
 
 SMALL_STATE_BYTES = 8 << 20
 LARGE_STATE_SNAPSHOT_STEPS = 10
@@ -238,6 +241,8 @@ class TrainConfig:
     Attributes:
         run_dir: the run's folder; made at the first start.
         total_steps: length of the run.
+        task: "causal_lm": a language model, by [model]. "extreme_classification": texts to a few of
+            very many labels, by [xc], with examples as `jaxserve data xc` makes them.
         schedule: `schedules.ScheduleConfig`'s fields, with `total` = `total_steps` unless given;
             or, with kind "auto" (or another variant of it), `schedules.TunerConfig`'s.
         compilation_cache_dir: where compiled programs are kept; None: in the user's cache.
@@ -245,10 +250,12 @@ class TrainConfig:
 
     run_dir: str
     total_steps: int
-    model: ModelSection
     data: DataSection
     batch: BatchSection
     schedule: Mapping[str, Any]
+    task: Task = "causal_lm"
+    model: ModelSection | None = None
+    xc: XcSection | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     numerics: NumericsSection = field(default_factory=NumericsSection)
     incidents: IncidentConfig = field(default_factory=IncidentConfig)
@@ -264,11 +271,62 @@ class TrainConfig:
         _at_least("total_steps", self.total_steps, 1)
         if not self.run_dir:
             raise TrainConfigError("run_dir is empty; give the folder that the run shall have")
+        self._check_task()
         if self.placement.num_devices > self.batch.num_logical_shards:
             raise TrainConfigError(
                 f"placement asks for {self.placement.num_devices} devices, but "
                 f"batch.num_logical_shards is {self.batch.num_logical_shards}: use fewer devices, "
                 "or more logical shards (in a new run)"
+            )
+
+    @property
+    def language_model(self) -> ModelSection:
+        """[model], of a run that trains a language model.
+
+        Raises:
+            TrainConfigError: it trains something else.
+        """
+        if self.model is None:
+            raise TrainConfigError(f"task is {self.task!r}: this run has no language model")
+        return self.model
+
+    def _check_task(self) -> None:
+        sections = {"causal_lm": ("model", "xc"), "extreme_classification": ("xc", "model")}
+        needed, foreign = sections[self.task]
+        if getattr(self, needed) is None:
+            raise TrainConfigError(f"task {self.task!r} needs a table [{needed}]")
+        if getattr(self, foreign) is not None:
+            raise TrainConfigError(f"[{foreign}] is not for task {self.task!r}: leave it out")
+        if self.task == "extreme_classification":
+            self._check_classification()
+
+    def _check_classification(self) -> None:
+        """What the steps of extreme classification cannot do is refused by name."""
+        numerics = self.numerics
+        fixed = {
+            "numerics.mode": (numerics.mode, "exact"),
+            "numerics.compute_dtype": (numerics.compute_dtype, "float32"),
+            "numerics.param_dtype": (numerics.param_dtype, "float32"),
+            "numerics.dropout": (numerics.dropout, 0.0),
+            "numerics.remat": (numerics.remat, "none"),
+            "numerics.replay_every": (numerics.replay_every, 0),
+            "data.log_reads": (self.data.log_reads, False),
+            "lora": (self.lora, None),
+        }
+        for name, (value, only) in fixed.items():
+            if value != only:
+                raise TrainConfigError(
+                    f"{name} is {value!r}; task 'extreme_classification' knows only {only!r}"
+                )
+        if self.incidents.policy == "rollback":
+            raise TrainConfigError(
+                "incidents.policy is 'rollback', which bars examples, but every point is in every "
+                "epoch of task 'extreme_classification': use 'skip' or 'off'"
+            )
+        if isinstance(self.parsed_schedule, TunerConfig):
+            raise TrainConfigError(
+                "schedule.kind: a rate that tunes itself is not supported with task "
+                "'extreme_classification': give one with a peak_value, such as cosine"
             )
 
     @property
@@ -306,7 +364,9 @@ class TrainConfig:
     def frozen_settings(self) -> dict[str, Any]:
         """The fields that decide the result beside the sizes of the logical world: they cannot
         change once a run has begun."""
-        frozen = ("model", "optimizer", "numerics", "incidents", "lora", "total_steps")
+        frozen = ["model", "optimizer", "numerics", "incidents", "lora", "total_steps"]
+        if self.task != "causal_lm":  # Runs from before there were tasks have none in their world.
+            frozen += ["task", "xc"]
         hidden = ("numerics.mode", "numerics.seed")  # Fields of the logical world themselves.
         settings = {
             name: value
@@ -336,10 +396,17 @@ def config_from_table(table: Mapping[str, Any], path: Path) -> TrainConfig:
     config = build(TrainConfig, table, str(path))
     parse_schedule(config.schedule, config.total_steps, str(path))
     base = path.absolute().parent
-    model = config.model
+    model, xc = config.model, config.xc
+    if model is not None:
+        model = dataclasses.replace(model, source=_existing(base, model.source))
+    if xc is not None:
+        encoder = dataclasses.replace(xc.encoder, source=_existing(base, xc.encoder.source))
+        run = _existing(base, xc.encoder_run)
+        xc = dataclasses.replace(xc, encoder=encoder, encoder_run=run)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, source=_existing(base, model.source)),
+        model=model,
+        xc=xc,
         data=dataclasses.replace(config.data, path=_anchored(base, config.data.path)),
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,8 @@ class StateCarrier:
         decision: which memory decisions have.
         exchange: devices and their chunks.
         sharding: what each device holds.
+        task_arrays: what a task keeps beside, such as the order of its examples: name -> what it
+            begins with, in a shape and dtype that stay.
     """
 
     def __init__(
@@ -64,15 +67,21 @@ class StateCarrier:
         decision: DecisionSpec,
         exchange: Exchange,
         sharding: Sharding,
+        task_arrays: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
+        self._task_arrays = dict(task_arrays or {})
         self._optimizer = optimizer_state(optimizer)
         self._initial_decision = initial_decision_state(decision)
         self._decision_names = _names(self._initial_decision)
         self._exchange = exchange
         self._is_split = sharding != "replicated"
-        self.layout = _layout(
+        layout = _layout(
             flat, self._optimizer, self._initial_decision, optimizer.ema_decay is not None
         )
+        scalars = (
+            Scalar(name, one.shape, one.dtype.name) for name, one in self._task_arrays.items()
+        )
+        self.layout = dataclasses.replace(layout, scalars=(*layout.scalars, *scalars))
 
     def initial_buffer(self, params: Tree) -> npt.NDArray[np.uint8]:
         """The buffer of a fresh run that starts with `params`."""
@@ -92,7 +101,13 @@ class StateCarrier:
             self._decision_names, jax.tree.leaves(self._initial_decision), strict=True
         ):
             layout.scalar(buffer, name)[...] = np.asarray(leaf)
+        for name, array in self._task_arrays.items():
+            layout.scalar(buffer, name)[...] = array
         return buffer
+
+    def task_arrays(self, buffer: Buffer) -> dict[str, npt.NDArray[Any]]:
+        """Copies of what the task keeps."""
+        return {name: np.array(self.layout.scalar(buffer, name)) for name in self._task_arrays}
 
     def load(self, buffer: Buffer) -> list[DeviceState]:
         """The states of all local devices, in order. The buffer may be changed afterwards."""
@@ -107,9 +122,14 @@ class StateCarrier:
         return int(self.layout.scalar(buffer, NUM_TOKENS))
 
     def store(
-        self, buffer: Buffer, states: Sequence[DeviceState], next_step: int, num_tokens: int
+        self,
+        buffer: Buffer,
+        states: Sequence[DeviceState],
+        next_step: int,
+        num_tokens: int,
+        task_arrays: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
-        """Writes what `ranges` names."""
+        """Writes what `ranges` names; `task_arrays` must have the task's own."""
         for place, state in zip(self._exchange.local, states, strict=True):
             chunk = self._exchange.chunk_of(place)
             for name, array in self._vectors_of(state).items():
@@ -118,6 +138,8 @@ class StateCarrier:
                 self.layout.vector(buffer, name)[chunk.first : chunk.end] = held
         if 0 in self._exchange.local:
             self._store_scalars(buffer, states[0], next_step, num_tokens)
+            for name in self._task_arrays:
+                self.layout.scalar(buffer, name)[...] = (task_arrays or {})[name]
 
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """The (offset, size) in bytes of what this process stores: whole chunks of blocks, and

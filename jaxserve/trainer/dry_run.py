@@ -8,6 +8,7 @@ from jaxserve import model_store
 from jaxserve.host_memory import read_host_memory
 from jaxserve.trainer.config import TrainConfig
 from jaxserve.trainer.data.dataset import TokenDataset
+from jaxserve.trainer.errors import TrainConfigError
 from jaxserve.trainer.memory_file import NUM_SLOTS
 from jaxserve.trainer.run_identity import make_world
 from jaxserve.trainer.shard_gradient import abstract_trainable, flat_vector_of
@@ -29,10 +30,12 @@ def plan_of(config: TrainConfig) -> dict[str, Any]:
         TrainConfigError, ConfigError, DataError, FormatError: what a start would raise.
     """
     assert config.optimizer.name in OPTIMIZER_OPTIONS
+    if config.task != "causal_lm":
+        raise TrainConfigError(f"--dry-run: there is no plan for task {config.task!r} yet")
     dataset = TokenDataset(config.data.path)
-    world = make_world(config, dataset)
-    source = config.model.source
-    model = config.model.shape or open_model(model_store.resolve(source or "")).config
+    world = make_world(config)
+    source = config.language_model.source
+    model = config.language_model.shape or open_model(model_store.resolve(source or "")).config
     lora = config.lora
     adapters = None if lora is None else LoraConfig(lora.rank, lora.alpha, lora.targets)
     flat = flat_vector_of(abstract_trainable(model, adapters), config.optimizer.decayed)

@@ -13,6 +13,7 @@ from jaxserve.trainer.errors import RunError, TrainConfigError
 from jaxserve.trainer.fingerprint import BASE_MODEL, NumericsFingerprint
 from jaxserve.trainer.run_folder import RunFolder, write_json_durably
 from jaxserve.trainer.world import Difference, LogicalWorld
+from jaxserve.xc.dataset import XcDataset
 
 _CONFIG_NAMES = {
     "global_batch_size": "batch.global_batch_size",
@@ -25,18 +26,23 @@ _CONFIG_NAMES = {
     "data.fingerprint": "data.path (its content)",
 }
 """Field of the logical world -> the config's name for it, where they differ."""
-_PLACES = ("model.source",)
+_PLACES = ("model.source", "xc.encoder.source", "xc.encoder_run")
 """Settings that are paths: the same files may lie elsewhere on another machine."""
 
 
-def make_world(config: TrainConfig, dataset: TokenDataset) -> LogicalWorld:
+def make_world(config: TrainConfig) -> LogicalWorld:
     """The logical world that a config describes.
 
     Raises:
         TrainConfigError: config and data do not fit together.
         ConfigError: sizes that do not fit together.
+        DataError, XcDataError: the data cannot be used.
     """
-    shape = config.model.shape
+    if config.task == "extreme_classification":
+        texts = XcDataset(config.data.path)
+        return _world(config, texts.max_tokens, texts.fingerprint)
+    dataset = TokenDataset(config.data.path)
+    shape = config.language_model.shape
     if shape is not None and dataset.vocab_size > shape.vocab_size:
         raise TrainConfigError(
             f"model.shape.vocab_size is {shape.vocab_size}, but the data in {config.data.path} has "
@@ -47,6 +53,10 @@ def make_world(config: TrainConfig, dataset: TokenDataset) -> LogicalWorld:
             f"model.shape.max_position_embeddings is {shape.max_position_embeddings}, but the rows "
             f"in {config.data.path} have {dataset.seq_len} tokens"
         )
+    return _world(config, dataset.seq_len, dataset.fingerprint)
+
+
+def _world(config: TrainConfig, seq_len: int, fingerprint: str) -> LogicalWorld:
     settings = {
         name: Path(value).name if name in _PLACES else value
         for name, value in config.frozen_settings().items()
@@ -55,11 +65,11 @@ def make_world(config: TrainConfig, dataset: TokenDataset) -> LogicalWorld:
         global_batch_size=config.batch.global_batch_size,
         num_logical_shards=config.batch.num_logical_shards,
         micro_batch_size=config.batch.micro_batch_size,
-        seq_len=dataset.seq_len,
+        seq_len=seq_len,
         data_seed=config.data.seed,
         rng_seed=config.numerics.seed,
         mode=config.numerics.mode,
-        settings={**settings, "data.fingerprint": dataset.fingerprint},
+        settings={**settings, "data.fingerprint": fingerprint},
     )
 
 

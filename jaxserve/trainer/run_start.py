@@ -16,7 +16,6 @@ from checkpoint.store import Fenced, LeaseHeld, NoGoodStep, RetentionPolicy
 from jaxserve.model_store import default_root
 from jaxserve.trainer.config import TrainConfig
 from jaxserve.trainer.config_file import dump_toml, to_plain
-from jaxserve.trainer.data.dataset import TokenDataset
 from jaxserve.trainer.errors import RunError
 from jaxserve.trainer.event_files import EventFiles
 from jaxserve.trainer.fork_server import TRAINER
@@ -68,7 +67,7 @@ def train(config: TrainConfig, options: StartOptions, view: View, trainer: str =
     """
     goodput = Goodput(time.monotonic)
     folder = RunFolder(Path(config.run_dir).absolute())
-    world = make_world(config, TokenDataset(config.data.path))
+    world = make_world(config)
     if options.force:
         set_aside(folder, view)
     check_world(folder, world)
@@ -120,7 +119,7 @@ def set_aside(folder: RunFolder, view: View) -> None:
 def _require_begun(folder: RunFolder) -> None:
     """A folder that a first start has just begun may be used; anybody else's may not."""
     own = {"ledger.jsonl", "metrics.jsonl", "config.toml", "checkpoints", "logs", "requests",
-           "status.json", "model.json", "tokenizer", "tensorboard"}  # fmt: skip
+           "status.json", "model.json", "tokenizer", "labels.txt", "tensorboard"}  # fmt: skip
     foreign = sorted(path.name for path in folder.root.iterdir()
                      if path.name not in own and not path.name.startswith("."))  # fmt: skip
     if foreign:

@@ -24,6 +24,7 @@ from jaxserve.trainer.read_log import LoggedDataset
 from jaxserve.trainer.step_record import Runner
 from jaxserve.trainer.step_runner import StepRunner
 from jaxserve.trainer.world import LogicalWorld
+from jaxserve.trainer.xc_runner import make_xc_runner
 from models.config import ModelConfig
 from models.loading import open_model
 from models.lora import LoraConfig
@@ -42,13 +43,18 @@ def make_runner(spec: Mapping[str, Any]) -> tuple[Runner, NumericsFingerprint]:
     config = build(TrainConfig, spec["config"], "the run's config")
     set_up_jax(place)
     devices = _devices(place)
+    world = LogicalWorld.from_json(spec["world"])
+    speeds = _weights(spec["weights"], place)
+    if config.task == "extreme_classification":
+        classification, own = make_xc_runner(config, world, devices, speeds)
+        return classification, take_fingerprint(devices[0], xla_flags(), own)
     dataset: Any = TokenDataset(config.data.path)
     if config.data.log_reads:
         dataset = LoggedDataset(dataset, Path(spec["log_dir"]), spec["generation"], place.rank)
     model, initial, digests = _model_of(config)
     lora, evaluation = config.lora, config.evaluation
     runner = StepRunner(
-        world=LogicalWorld.from_json(spec["world"]),
+        world=world,
         config=config.step_config(),
         rate=config.parsed_schedule,
         model=model,
@@ -56,7 +62,7 @@ def make_runner(spec: Mapping[str, Any]) -> tuple[Runner, NumericsFingerprint]:
         eval_dataset=None if evaluation is None else TokenDataset(config.data.path, "eval"),
         max_eval_examples=None if evaluation is None else evaluation.max_examples,
         devices=devices,
-        weights=_weights(spec["weights"], place),
+        weights=speeds,
         quarantined=spec["quarantined_ids"],
         initial_params=None if lora is not None else initial,
         lora=None if lora is None else LoraConfig(lora.rank, lora.alpha, lora.targets),
@@ -89,10 +95,10 @@ def _model_of(
 ) -> tuple[ModelConfig, Callable[[], Any] | None, dict[str, str]]:
     """The model's config, what loads its weights (None: it starts from random ones), and
     the digests of what is read on every start."""
-    if config.model.shape is not None:
-        return config.model.shape, None, {}
-    assert config.model.source is not None
-    opened = open_model(model_store.resolve(config.model.source))
+    if config.language_model.shape is not None:
+        return config.language_model.shape, None, {}
+    assert config.language_model.source is not None
+    opened = open_model(model_store.resolve(config.language_model.source))
 
     def load() -> Any:
         return opened.load_params("float32")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxserve.registry_packages import AptPackage, NpmPackage
 from tools.corpora import texts, wordnet
-from tools.corpora.fetch import AptPackage, NpmPackage
 
 Records = Callable[[Path], Iterator[Mapping[str, Any]]]
 """From the unpacked package's folder to the records of the JSONL file."""

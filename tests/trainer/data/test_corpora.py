@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxserve.registry_packages import FetchError
 from tools.corpora import texts, wordnet
 from tools.corpora.catalog import CATALOG
-from tools.corpora.fetch import FetchError
 from tools.get_corpus import fetch_corpus
 
 ROOT = Path(__file__).parents[3]

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxserve.errors import JaxserveError
 
-class FetchError(Exception):
+
+class FetchError(JaxserveError):
     """A package that could not be fetched; the message holds the way out."""
 
 
@@ -26,13 +28,18 @@ class NpmPackage:
     def label(self) -> str:
         return f"npm {self.spec}"
 
-    def unpack(self, folder: Path) -> Path:
+    def unpack(self, folder: Path, archive: Path | None = None) -> Path:
         """Fetches into `folder`; returns the folder of the package's files.
+
+        Args:
+            folder: an empty one.
+            archive: the tarball, if it was fetched before.
 
         Raises FetchError: no npm, no network, another digest.
         """
-        _run(["npm", "pack", "--silent", self.spec], folder)
-        archive = _only(folder.glob("*.tgz"), self.label)
+        if archive is None:
+            run_client(["npm", "pack", "--silent", self.spec], folder)
+            archive = _only(folder.glob("*.tgz"), self.label)
         _check_digest(archive, self.sha256, self.label)
         with tarfile.open(archive) as tar:
             tar.extractall(folder / "unpacked", filter="data")
@@ -56,17 +63,20 @@ class AptPackage:
 
         Raises FetchError: no apt-get, no such version there, another digest.
         """
-        _run(["apt-get", "--quiet=2", "download", f"{self.name}={self.version}"], folder)
+        run_client(["apt-get", "--quiet=2", "download", f"{self.name}={self.version}"], folder)
         archive = _only(folder.glob("*.deb"), self.label)
         _check_digest(archive, self.sha256, self.label)
-        _run(["dpkg-deb", "--extract", archive.name, "unpacked"], folder)
+        run_client(["dpkg-deb", "--extract", archive.name, "unpacked"], folder)
         return folder / "unpacked"
 
 
-def _run(command: list[str], folder: Path) -> None:
+def run_client(command: list[str], folder: Path) -> None:
+    """Runs a registry's client in `folder`. Raises FetchError: not installed, or it failed."""
     if shutil.which(command[0]) is None:
-        raise FetchError(f"{command[0]} is needed to fetch this corpus and is not installed")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        raise FetchError(f"{command[0]} is needed to fetch this and is not installed")
+    done = subprocess.run(  # noqa: S603 -- a registry client, with our own arguments
+        command, cwd=folder, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no reason given")[-500:]
         raise FetchError(f"`{' '.join(command)}` failed: {reason}")

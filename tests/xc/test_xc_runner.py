@@ -1,0 +1,160 @@
+"""A tiny run of both stages: it learns, starts where it says, and stops when it collapses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.trainer.config import TrainConfig
+from jaxserve.trainer.errors import TrainConfigError
+from jaxserve.trainer.run_identity import make_world
+from jaxserve.trainer.xc_runner import XcRunner, make_xc_runner
+from jaxserve.xc import metrics
+from jaxserve.xc.dataset import XcDataset
+from jaxserve.xc.errors import EncoderCollapsed
+from jaxserve.xc.losses import encoder_losses
+from jaxserve.xc.retrieval import retrieve
+from tests.xc.tiny_xc import tiny_dataset
+from tests.xc.xc_rig import state_of, tiny_config, tiny_runner
+
+ONE_LEAF = ("batch.num_logical_shards=1", "batch.micro_batch_size=16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("xc")
+    tiny_dataset(path)
+    return path
+
+
+def _ranking(runner: XcRunner, split: str) -> np.ndarray:
+    points, labels = runner.task.embeddings(runner._state.params(), split)
+    return retrieve(points, labels, 10)[1]
+
+
+def _precision(runner: XcRunner, split: str, k: int = 2) -> float:
+    truth = XcDataset(runner.task._dataset.folder).split(split).labels
+    return metrics.precision(truth, _ranking(runner, split), k)
+
+
+def test_it_learns(folder: Path) -> None:
+    runner = tiny_runner(tiny_config(folder, *ONE_LEAF))
+    runner.load_state(None)
+    before = _precision(runner, "train")
+    losses = [float(runner.run_step(step).loss) for step in range(24)]
+    assert np.mean(losses[-4:]) < 0.7 * np.mean(losses[:4])
+    assert _precision(runner, "train") > before + 0.1
+    found = runner.evaluate()
+    assert found.num_examples == len(XcDataset(folder / "xc").split("validation").texts)
+    assert found.loss == pytest.approx(1 - _precision(runner, "validation", 1))
+
+
+def test_the_gradient_is_that_of_one_program_over_the_batch(folder: Path) -> None:
+    """Embeddings are cached and pulled back leaf by leaf; one big program says the same."""
+    config = tiny_config(folder, "batch.num_logical_shards=4", "batch.micro_batch_size=4")
+    runner = tiny_runner(config)
+    runner.load_state(None)
+    task = runner.task
+    params = runner._state.params()
+    done = task.step(params, runner._state.task_arrays, 0, None)
+    order, spec, train = task._order, task._spec, task._train  # type: ignore[attr-defined]
+    draw = order.sampler.draw(order.state, done.ids, 0)
+    points = jnp.asarray(spec.pack(train.texts, draw.ids))
+    labels = jnp.asarray(spec.pack(task._labels, draw.positives))  # type: ignore[attr-defined]
+    excluded = train.labels.contains(draw.ids, draw.positives)
+
+    def loss_of(tree: dict) -> jax.Array:
+        losses = encoder_losses(
+            config.xc.loss, spec.embed(tree, points), spec.embed(tree, labels), excluded
+        )
+        return losses.mean()
+
+    loss, gradient = jax.value_and_grad(loss_of)(params[0])
+    assert float(done.gradients[1][0].sum()) == pytest.approx(float(loss), rel=1e-5)
+    flat = np.asarray(done.gradients[0][0]).reshape(-1)
+    offset = task.flat.offsets["embed"]
+    size = gradient["embed"].size
+    found = flat[offset : offset + size].reshape(gradient["embed"].shape)
+    assert np.abs(gradient["embed"]).max() > 1e-3
+    np.testing.assert_allclose(found, gradient["embed"], atol=1e-6)
+
+
+def test_clusters_of_one_point_train_as_random_batches_bit_for_bit(folder: Path) -> None:
+    states = []
+    for name, size in (("random", 64), ("ngame", 1)):
+        settings = (f"xc.sampler.name='{name}'", f"xc.sampler.cluster_size={size}")
+        runner = tiny_runner(tiny_config(folder, *ONE_LEAF, *settings))
+        runner.load_state(None)
+        for step in range(9):
+            record = runner.run_step(step)
+        states.append((record.loss, record.params_digest))
+    assert states[0] == states[1]
+
+
+def test_a_collapsed_run_ends_with_what_to_do(folder: Path) -> None:
+    settings = ("xc.collapse_steps=3", "xc.encoder.width=1", "xc.sampler.name='random'")
+    runner = tiny_runner(tiny_config(folder, *ONE_LEAF, *settings, "xc.loss.margin=1e-4"))
+    runner.load_state(None)
+    # In one dimension embeddings are 1 or -1: nearly all hinges are 0, the margin or about 2.
+    params = runner._state.params()[0]
+    same = jax.tree.map(jnp.ones_like, params)
+    runner._state.load(runner._state.initial_buffer(same))
+    for step in range(2):
+        runner.run_step(step)
+    with pytest.raises(EncoderCollapsed, match=r'xc\.loss\.name = "softmax"'):
+        runner.run_step(2)
+
+
+def test_classifiers_begin_as_the_labels_embeddings(folder: Path, tmp_path: Path) -> None:
+    encoder = tiny_runner(tiny_config(folder, *ONE_LEAF))
+    encoder.load_state(None)
+    for step in range(10):
+        encoder.run_step(step)
+    runner, config = _classifiers(folder, tmp_path, encoder)
+    runner.load_state(None)
+    assert _ranking(runner, "test").tolist() == _ranking(encoder, "test").tolist()
+    before = encoder._state.params()[0]
+    losses = [float(runner.run_step(step).loss) for step in range(12)]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    frozen = runner.task._encoders[0]  # type: ignore[attr-defined]
+    for name in ("embed",):
+        assert np.asarray(frozen[name]).tobytes() == np.asarray(before[name]).tobytes()
+    assert config.xc.stage == "classifiers"
+
+
+def _classifiers(folder: Path, tmp_path: Path, encoder: XcRunner) -> tuple[XcRunner, TrainConfig]:
+    """A runner of the second stage on an encoder's newest state, kept as a run keeps it."""
+    from checkpoint.store import Store
+    from jaxserve.trainer.run_folder import RunFolder
+    from jaxserve.trainer.run_model import write_run_model
+
+    run = RunFolder(tmp_path / "encoder")
+    run.make()
+    write_run_model(tiny_config(folder, *ONE_LEAF), run)
+    with Store(run.checkpoints) as store:
+        store.save(10, encoder.layout.tree(state_of(encoder))).wait()
+    settings = ("xc.stage='classifiers'", f"xc.encoder_run='{run.root}'")
+    config = tiny_config(folder, *ONE_LEAF, *settings)
+    return make_xc_runner(config, make_world(config), jax.devices()[:1])[0], config
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("numerics.dropout=0.1", "numerics.dropout is 0.1"),
+        ("numerics.mode=ordered", "numerics.mode is 'ordered'"),
+        ("incidents.policy=rollback", "incidents.policy is 'rollback'"),
+        ("schedule={kind = 'auto'}", "rate that tunes itself"),
+        ("task=causal_lm", r"needs a table \[model\]"),
+        ("xc.stage=classifiers", "encoder_run is None"),
+        ("xc.encoder.kind=bert", "needs source"),
+        ("xc.sampler.nme=ance", "did you mean xc.sampler.name"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tmp_path: Path, setting: str, said: str) -> None:
+    with pytest.raises(TrainConfigError, match=said):
+        tiny_config(tmp_path, setting)

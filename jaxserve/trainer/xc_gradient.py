@@ -22,9 +22,10 @@ from jaxserve.trainer.exchange import Exchange, add
 from jaxserve.trainer.flat_vector import FlatVector
 from jaxserve.trainer.gradient_tree import Node, TreeSum
 from jaxserve.trainer.shard_gradient import Tree, flatten
+from jaxserve.xc.config import LossConfig
 from jaxserve.xc.dataset import Texts
 from jaxserve.xc.encoders import EncoderSpec
-from jaxserve.xc.losses import LossConfig, encoder_losses
+from jaxserve.xc.losses import encoder_losses
 
 ENCODE_CHUNK = 256
 """Texts of one program when all are embedded."""

@@ -71,6 +71,10 @@ class XcRunner:
         """Segments of a state's buffer."""
         return self._state.layout
 
+    def params(self) -> list[Tree]:
+        """The parameters of each local device."""
+        return self._state.params()
+
     def load_state(self, buffer: Buffer | None) -> int:
         """Takes over a state and returns the next step; None: a fresh one at step 0."""
         if buffer is None:
@@ -112,6 +116,7 @@ class XcRunner:
             last_index=first + size - 1,
             ids_sha256=hashlib.sha256(done.ids.astype("<i8").tobytes()).hexdigest(),
             num_tokens=size,
+            data_wait_s=done.mining_s,
             params_digest=state.digest(step),
         )
         if decision.applied:
@@ -138,7 +143,7 @@ def make_xc_runner(
     devices: Sequence[jax.Device],
     weights: Sequence[float] | None = None,
 ) -> tuple[XcRunner, dict[str, str]]:
-    """A runner, and the digests of what its bits depend on beside the data.
+    """A trainer's runner, and the digests of what its bits depend on beside the data.
 
     Raises:
         ConfigError, XcDataError, FormatError: config, data or encoder do not fit together.
@@ -146,9 +151,33 @@ def make_xc_runner(
     assert config.xc is not None
     dataset = XcDataset(config.data.path)
     spec, encoder_params, digests = _encoder_of(config, dataset)
-    is_encoder = encoder_params is None
+    runner = build_runner(config, world, devices, weights, dataset, spec, encoder_params)
+    return runner, digests
+
+
+def build_runner(
+    config: TrainConfig,
+    world: LogicalWorld,
+    devices: Sequence[jax.Device],
+    weights: Sequence[float] | None,
+    dataset: XcDataset,
+    spec: EncoderSpec,
+    encoder_params: Tree | None,
+) -> XcRunner:
+    """A runner of stage "encoder", or, with an encoder's parameters, of stage "classifiers".
+
+    Args:
+        config: of the run.
+        world: the logical world.
+        devices: all devices of all processes in order.
+        weights: relative speeds of the devices; None: equal.
+        dataset: what is trained on.
+        spec: the encoder's shape.
+        encoder_params: of a frozen encoder.
+    """
+    assert config.xc is not None
     abstract: Tree = abstract_params(spec)
-    if not is_encoder:
+    if encoder_params is not None:
         shape = (dataset.num_labels, spec.width)
         abstract = {CLASSIFIERS: jax.ShapeDtypeStruct(shape, np.float32)}
     step_config = config.step_config()
@@ -170,7 +199,7 @@ def make_xc_runner(
     rate = config.parsed_schedule
     state = UpdateState(flat, exchange, step_config, rate, task.initial_arrays())
     evaluation = config.evaluation
-    runner = XcRunner(
+    return XcRunner(
         world=world,
         config=step_config,
         task=task,
@@ -180,7 +209,6 @@ def make_xc_runner(
         dataset=dataset,
         max_eval_examples=None if evaluation is None else evaluation.max_examples,
     )
-    return runner, digests
 
 
 def _encoder_of(

@@ -43,13 +43,15 @@ class TaskStep:
         gradients: chunks and losses; see `Exchange.reduce`.
         ids: the points of the batch, int64[B].
         arrays: what the task keeps, for the next step.
+        mining_s: seconds spent on clusters and mined labels.
         spread: of the points' embeddings; None where they do not change.
     """
 
     gradients: Gradients
     ids: Int64Array
     arrays: Arrays
-    spread: jax.Array | None
+    mining_s: float
+    spread: jax.Array | None = None
 
 
 class XcTask(Protocol):
@@ -139,7 +141,9 @@ class EncoderTask:
             lambda: embed_all(self._spec, self._exchange, params, self._train.texts),
             lambda: embed_all(self._spec, self._exchange, params, self._labels),
         )
+        mined_before_s = order.mining_s
         draw = order.next_draw(step, current)
+        mining_s = order.mining_s - mined_before_s
         labels = np.concatenate([draw.positives, draw.extra])
         is_excluded = self._train.labels.contains(draw.ids, labels) | (labels < 0)
         packed = {
@@ -152,7 +156,7 @@ class EncoderTask:
         gradients, points, spread = self._gradient(params, packed, is_excluded, on_exchange)
         if self._config.sampler.memory_bank:
             order.remember(draw.ids, np.asarray(points))
-        return TaskStep(gradients, draw.ids, _kept(arrays, order), spread)
+        return TaskStep(gradients, draw.ids, _kept(arrays, order), mining_s, spread)
 
     def settled(self, arrays: Arrays, loss: float, spread: float | None) -> Arrays:
         """See `XcTask`."""
@@ -232,7 +236,9 @@ class ClassifierTask:
         """See `XcTask`."""
         order = self._order = _order_of(self._sampler, self._world, arrays, self._order)
         current = _Current(lambda: jnp.asarray(self._points), lambda: unit(params[0][CLASSIFIERS]))
+        mined_before_s = order.mining_s
         draw = order.next_draw(step, current)
+        mining_s = order.mining_s - mined_before_s
         if self._config.sampler.memory_bank:
             order.remember(draw.ids, self._points[draw.ids])
         columns = self._columns(draw)
@@ -249,7 +255,8 @@ class ClassifierTask:
         if on_exchange is not None:
             jax.block_until_ready([vector for one in sums for _, vector in one.parts])
             on_exchange()
-        return TaskStep(self._exchange.reduce(sums, losses), draw.ids, _kept(arrays, order), None)
+        gradients = self._exchange.reduce(sums, losses)
+        return TaskStep(gradients, draw.ids, _kept(arrays, order), mining_s)
 
     def settled(self, arrays: Arrays, loss: float, spread: float | None) -> Arrays:
         """See `XcTask`: classifiers do not collapse, since points stay where they are."""

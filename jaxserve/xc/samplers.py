@@ -8,6 +8,7 @@ epoch's first example is drawn, and the very batch that it falls into uses it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -262,12 +263,16 @@ class BatchOrder:
         sampler: the rule.
         batch_size: B.
         state: of the sampler, that of the next step.
+
+    Attributes:
+        num_refreshes, mining_s: how often clusters or labels were made anew, and how long it took.
     """
 
     def __init__(self, sampler: Sampler, batch_size: int, state: State) -> None:
         self.sampler = sampler
         self.state = state
         self.num_refreshes = 0
+        self.mining_s = 0.0
         self._batch_size = batch_size
         self._order: tuple[int, Int64Array] | None = None
 
@@ -277,7 +282,9 @@ class BatchOrder:
         parts = []
         for one in segments(first_index, self._batch_size, self.sampler.num_points):
             if one.offset == 0:
+                begin_s = time.perf_counter()
                 new = self.sampler.refreshed(self.state, one.epoch, embeddings)
+                self.mining_s += time.perf_counter() - begin_s
                 self.num_refreshes += new is not self.state
                 self.state, self._order = new, None
             parts.append(self._order_of(one.epoch)[one.offset : one.offset + one.count])

@@ -148,7 +148,7 @@ def _classifiers(folder: Path, tmp_path: Path, encoder: XcRunner) -> tuple[XcRun
         ("numerics.dropout=0.1", "numerics.dropout is 0.1"),
         ("numerics.mode=ordered", "numerics.mode is 'ordered'"),
         ("incidents.policy=rollback", "incidents.policy is 'rollback'"),
-        ("schedule={kind = 'auto'}", "rate that tunes itself"),
+        ("schedule={kind = 'auto', initial_lr = 0.1}", "rate that tunes itself"),
         ("task=causal_lm", r"needs a table \[model\]"),
         ("xc.stage=classifiers", "encoder_run is None"),
         ("xc.encoder.kind=bert", "needs source"),

@@ -1,4 +1,4 @@
-"""Traces on 8 virtual devices: `xc_worker.py FOLDER OUT CACHE CASE...`."""
+"""Traces on 8 virtual devices: `xc_worker.py FOLDER OUT CACHE PLANS CASE...`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SAMPLERS = {
     "ance": ("xc.sampler.name='ance'", "xc.sampler.pool=4"),
 }
 """Case -> settings. A refresh falls into step 7: 111 training points, 16 a step."""
-WHOLE = [(1, 12)]
-PLANS = ([(8, 12)], [(3, 7), (2, 5)], [(8, 6), (1, 1), (5, 5)])
+FAST = ([(1, 9)], [(2, 7), (3, 2)])
+LONG = ([(1, 9)], [(8, 9)], [(3, 6), (1, 1), (5, 2)])
 
 
 def main() -> None:
-    folder, out, cache, *cases = sys.argv[1:]
+    folder, out, cache, plans, *cases = sys.argv[1:]
     use_compilation_cache(Path(cache))
     found = {}
     for case in cases:
@@ -31,7 +31,7 @@ def main() -> None:
         if case == "classifiers":
             settings = ("xc.stage='classifiers'", f"xc.encoder_run={folder}/encoder")
         config = tiny_config(Path(folder), *settings)
-        found[case] = [trace(config, plan) for plan in (WHOLE, *PLANS)]
+        found[case] = [trace(config, plan) for plan in {"fast": FAST, "long": LONG}[plans]]
     Path(out).write_text(json.dumps(found))
 
 

@@ -1,0 +1,1 @@
+"""Compares ways to make batches, and what classifiers add, on extreme classification."""

@@ -21,15 +21,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.engine.request import RequestOutput
 from jaxserve.errors import (
+    Forbidden,
     InvalidRequest,
     JaxserveError,
     NotAccepting,
+    NotFound,
     NotSupported,
     QueueFull,
+    Unauthenticated,
 )
 from jaxserve.proto.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from jaxserve.server import convert
 from jaxserve.server.metadata import FIELD_KEY, REQUEST_ID_KEY
+from jaxserve.server.pacing import Pacing
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
@@ -50,6 +54,20 @@ class Embeddings:
     """Of each text as it was used."""
     truncated: tuple[bool, ...]
     """Which texts were cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """PEM texts."""
+
+    ca: bytes | None = None
+    """Of the CA that the server's certificate is of. None: those of the system."""
+    certificate: bytes | None = None
+    """The client's own, for a server that asks for one, and its key."""
+    key: bytes | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
 
 
 class Generation:
@@ -79,6 +97,8 @@ class Generation:
         request_id = ""
         try:
             for response in self._call:
+                if not any(field.name != "pad" for field, _ in response.ListFields()):
+                    continue  # Stands for no tokens, in a paced stream.
                 request_id = request_id or self.request_id
                 yield convert.request_output(response, request_id)
         except grpc.RpcError as error:
@@ -101,15 +121,29 @@ class Client:
     """One connection, usable from several threads.
 
     Raises InvalidRequest (with the field), QueueFull, NotAccepting (also when
-    nothing listens), NotSupported (the model cannot do this) and TimeoutError;
-    any other status stays a grpc.RpcError.
+    nothing listens), NotSupported (the model cannot do this), Unauthenticated, Forbidden and
+    TimeoutError; any other status stays a grpc.RpcError.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051") -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        api_key: str | None = None,
+        tls: ClientTls | None = None,
+    ) -> None:
+        """
+        Args:
+            api_key: for a server that asks for one.
+            tls: for a server that speaks TLS.
+        """
         self.address = address
-        self._channel = grpc.insecure_channel(
-            address, options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-        )
+        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.secure_channel(address, tls.credentials(), options=options)
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -121,13 +155,15 @@ class Client:
         timeout_s: float | None = None,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        pacing: Pacing | None = None,
         **settings: Any,
     ) -> Generation:
         """Starts a request. `settings` are fields of `SamplingParams`."""
         request = convert.generate_request(
-            prompt, request_id=request_id, cache_salt=cache_salt, **settings
+            prompt, request_id=request_id, cache_salt=cache_salt, pacing=pacing, **settings
         )
-        return Generation(self._inference.Generate(request, timeout=timeout_s))
+        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        return Generation(call)
 
     def embed(
         self, texts: Sequence[str], *, truncate: bool = False, timeout_s: float | None = None
@@ -137,7 +173,7 @@ class Client:
         A text that is longer than the model takes is refused, or cut if `truncate`.
         """
         request = inference_pb2.EmbedRequest(texts=texts, truncate=truncate)
-        response = _unary(self._inference.Embed, request, timeout_s)
+        response = self._unary(self._inference.Embed, request, timeout_s)
         return Embeddings(
             vectors=np.array([entry.values for entry in response.embeddings], np.float32),
             num_tokens=tuple(entry.num_tokens for entry in response.embeddings),
@@ -147,21 +183,25 @@ class Client:
     def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids that `generate` would use."""
         request = inference_pb2.TokenizeRequest(**convert.prompt_fields(prompt))
-        return list(_unary(self._inference.Tokenize, request).token_ids)
+        return list(self._unary(self._inference.Tokenize, request).token_ids)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request by id. False when no such request runs or waits."""
-        response = _unary(self._inference.Abort, inference_pb2.AbortRequest(request_id=request_id))
+        request = inference_pb2.AbortRequest(request_id=request_id)
+        try:
+            response = self._unary(self._inference.Abort, request)
+        except NotFound:
+            return False
         return bool(response.outcome == inference_pb2.ABORT_OUTCOME_ABORTED)
 
     def server_info(self) -> control_pb2.GetServerInfoResponse:
-        return _unary(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
+        return self._unary(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
 
     def model_info(self) -> control_pb2.GetModelInfoResponse:
-        return _unary(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())
+        return self._unary(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())
 
     def load(self) -> control_pb2.GetLoadResponse:
-        return _unary(self._control.GetLoad, control_pb2.GetLoadRequest())
+        return self._unary(self._control.GetLoad, control_pb2.GetLoadRequest())
 
     def is_serving(self) -> bool:
         """Whether the health service says SERVING; False when nothing answers."""
@@ -179,6 +219,14 @@ class Client:
                 raise TimeoutError(f"{self.address} is not serving after {timeout_s:g} s")
             time.sleep(POLL_S)
 
+    def _unary(
+        self, method: Callable[..., _Response], request: Message, timeout_s: float | None = None
+    ) -> _Response:
+        try:
+            return method(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _mendable(error) from error
+
     def close(self) -> None:
         self._channel.close()
 
@@ -194,15 +242,6 @@ class Client:
         self.close()
 
 
-def _unary(
-    method: Callable[..., _Response], request: Message, timeout_s: float | None = None
-) -> _Response:
-    try:
-        return method(request, timeout=timeout_s)
-    except grpc.RpcError as error:
-        raise _mendable(error) from error
-
-
 def _mendable(error: Any) -> Exception:
     """The exception of ours that a status stands for, or the error itself."""
     code, details = error.code(), error.details() or ""
@@ -216,5 +255,8 @@ def _mendable(error: Any) -> Exception:
         grpc.StatusCode.RESOURCE_EXHAUSTED: QueueFull,
         grpc.StatusCode.UNAVAILABLE: NotAccepting,
         grpc.StatusCode.UNIMPLEMENTED: NotSupported,
+        grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+        grpc.StatusCode.PERMISSION_DENIED: Forbidden,
+        grpc.StatusCode.NOT_FOUND: NotFound,
     }
     return kinds[code](details) if code in kinds else error

@@ -31,6 +31,30 @@ class InvalidRequest(JaxserveError):
 class QueueFull(JaxserveError):
     """The bounded queue has no room; the client should retry later."""
 
+    retry_after_s: float = 1.0
+
+
+class OverLimit(QueueFull):
+    """A tenant has used what it may; others are served.
+
+    Args:
+        limit: its name in the keys file.
+        retry_after_s: when there may be room again.
+    """
+
+    def __init__(self, limit: str, message: str, retry_after_s: float) -> None:
+        super().__init__(f"{message} ({limit}): retry later")
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(JaxserveError):
+    """No API key came with the request, or one that is not known."""
+
+
+class Forbidden(JaxserveError):
+    """The API key is known, but not good for this."""
+
 
 class NotAccepting(JaxserveError):
     """The engine drains or has stopped and takes no new requests."""
@@ -43,6 +67,10 @@ class EngineLost(NotAccepting):
 
 class NotSupported(JaxserveError):
     """The model that runs cannot do what was asked; another kind of model can."""
+
+
+class NotFound(JaxserveError):
+    """Nothing of the caller's has this name."""
 
 
 class StreamTooSlow(JaxserveError):

@@ -14,6 +14,7 @@ import tokenizers
 
 from checkpoint.errors import FormatError
 from models.chat_template import ChatTemplate
+from models.inert_messages import InertMessages
 
 _MAX_JSON_BYTES = 1 << 26
 
@@ -26,7 +27,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what serving needs to know around it.
 
     Encoding behaves as in Hugging Face: special tokens spelled out in the text
-    become their ids. Thread-safe.
+    become their ids; but not those in a chat's messages. Thread-safe.
 
     Args:
         backend: the tokenizer proper; its truncation and padding are taken off.
@@ -142,9 +143,22 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         now: datetime | None = None,
     ) -> list[int]:
-        """Token ids of `render_chat`. The template writes its own BOS, so none is added."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, now=now)
-        return self.encode(text, add_special_tokens=False)
+        """Token ids of `render_chat`. The template writes its own BOS, so none is added.
+
+        Control tokens that a message spells out stay text: only the template's own count.
+        """
+        inert = InertMessages(messages, self._control_tokens)
+        text = self.render_chat(
+            inert.messages, add_generation_prompt=add_generation_prompt, now=now
+        )
+        ids: list[int] = []
+        for part in inert.parts(text):
+            ids += self.encode(part, add_special_tokens=False)
+        return ids
+
+    @cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        return tuple(map(self._token, self.special_token_ids))
 
     @cached_property
     def _template(self) -> ChatTemplate:

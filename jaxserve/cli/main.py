@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUMMARIES = {
     "serve": "Serve a model over gRPC.",
+    "keys": "Make API keys for a server.",
     "chat": "Talk with a model, in this terminal.",
     "generate": "Complete a prompt, or a file of prompts, without a server.",
     "embed": "Turn texts into vectors, without a server.",

@@ -11,6 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jaxserve.cli.access_options import (
+    AllowUnauthenticated,
+    ApiKeysFile,
+    FlushMs,
+    FlushTokens,
+    NoHardening,
+    PadBytes,
+    StrictPacing,
+    TlsCertificate,
+    TlsClientCa,
+    TlsKey,
+    prepare_process,
+    tls_files,
+)
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.cli.group_options import GroupOptions
 from jaxserve.cli.serve_group import (
@@ -45,8 +59,8 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Interface to listen on. Nothing is encrypted and nobody is asked for a key, "
-            "so keep others than the loopback behind a gateway.",
+            help="Interface to listen on. Others than the loopback need --api-keys-file, "
+            "--tls-client-ca or --allow-unauthenticated.",
             rich_help_panel=_SERVER,
         ),
     ] = "127.0.0.1",
@@ -141,6 +155,16 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = False,
+    api_keys_file: ApiKeysFile = None,
+    allow_unauthenticated: AllowUnauthenticated = False,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    no_hardening: NoHardening = False,
+    flush_ms: FlushMs = None,
+    flush_tokens: FlushTokens = None,
+    pad_bytes: PadBytes = None,
+    strict_pacing: StrictPacing = False,
 ) -> None:
     """Serve a model over gRPC and HTTP: text generation, or embeddings if it is an encoder.
 
@@ -159,6 +183,7 @@ def serve(
     from rich.console import Console
 
     from jaxserve.server.config import LOOPBACK_HOSTS, ServerConfig
+    from jaxserve.server.pacing import Pacing
 
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     server_config = ServerConfig(
@@ -168,6 +193,10 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         reflection=reflection,
         drain_timeout_s=drain_timeout_s,
+        api_keys_file=api_keys_file,
+        allow_unauthenticated=allow_unauthenticated,
+        tls=tls_files(tls_certificate, tls_key, tls_client_ca),
+        pacing=Pacing(flush_ms, flush_tokens, pad_bytes, strict_pacing),
     )
     if watch is not None:
         engine_config = _model_of_run(engine_config, watch)
@@ -181,8 +210,11 @@ def serve(
     if group is not None and group.process_id != LEADER_ID:
         check_follower_options(group.process_id, engine_config, server_config)
         run_follower(group, engine_config, console)
-    if host not in LOOPBACK_HOSTS:
+    prepare_process(console, hardens=not no_hardening)
+    if host not in LOOPBACK_HOSTS and not server_config.asks_who:
         console.print(f"warning: {host} may be reached by others; requests are not authenticated")
+    if host not in LOOPBACK_HOSTS and server_config.tls is None:
+        console.print(f"warning: what {host} sends and gets is not encrypted (--tls-certificate)")
 
     def run(seat: LeaderSeat | None) -> int:
         drained = asyncio.run(

@@ -7,12 +7,27 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from jaxserve.engine.engine_core import EngineCore
 from jaxserve.engine.request import GenerationRequest, Request, RequestOutput
 from jaxserve.errors import EngineLost, InvalidRequest, StreamTooSlow
 
 DEFAULT_MAX_BACKLOG_TOKENS = 4096
+
+
+class Meter(Protocol):
+    """Counts what tenants use; all methods run on the event loop."""
+
+    def admit(self, request: GenerationRequest) -> None:
+        """Raises QueueFull to refuse it."""
+        ...
+
+    def withdraw(self, request: GenerationRequest) -> None:
+        """It was admitted and then not taken by the engine."""
+        ...
+
+    def note(self, request: GenerationRequest, output: RequestOutput) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -66,14 +81,23 @@ class AsyncEngine:
         self._sink = _LoopSink(self, loop)
         self._max_backlog_tokens = max_backlog_tokens
         self._is_lost = False
+        self._meter: Meter | None = None
         self._streams: dict[str, _Stream] = {}
         """A stream stays until its last output is in, even if nobody reads it:
         else a new request of that id would get the old one's outputs."""
+
+    def meter_with(self, meter: Meter) -> None:
+        """From now on `meter` is asked before each request and told of each output."""
+        self._meter = meter
 
     @property
     def num_streams(self) -> int:
         """Requests whose last output has not come in yet."""
         return len(self._streams)
+
+    def has(self, request_id: str) -> bool:
+        """Whether the last output of a request of this id has not come in yet."""
+        return request_id in self._streams
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Yields the request's outputs; the last one has a finish reason.
@@ -165,10 +189,20 @@ class AsyncEngine:
                 "request_id", "a request with this id is running: choose another id"
             )
         # Outputs are dispatched by this loop, so none is missed here.
-        record = self.engine.add(request, self._sink)
+        record = self._add(request)
         stream = _Stream(record, arrived or asyncio.Event())
         self._streams[request.request_id] = stream
         return stream
+
+    def _add(self, request: GenerationRequest) -> Request:
+        if self._meter is None:
+            return self.engine.add(request, self._sink)
+        self._meter.admit(request)
+        try:
+            return self.engine.add(request, self._sink)
+        except BaseException:
+            self._meter.withdraw(request)
+            raise
 
     def lose(self, why: str) -> None:
         """Ends all streams with EngineLost, after what has come in for them. Called on the event
@@ -185,6 +219,8 @@ class AsyncEngine:
             return
         for output in outputs:
             stream = self._streams[output.request_id]
+            if self._meter is not None:
+                self._meter.note(stream.request.generation, output)
             if output.finish_reason is not None:
                 del self._streams[output.request_id]
             stream.put(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from jaxserve.engine.request import GenerationRequest, Request
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.replica_scheduler import ReplicaScheduler
 from jaxserve.engine.scheduler.scheduler import Scheduler
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
@@ -108,6 +108,19 @@ class Engine(EngineCore):
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
         )
+
+    def share_cache(self, shares: Mapping[str, float]) -> None:
+        """As `EngineCore.share_cache`."""
+        config = self._scheduler.config
+        num_needed = config.max_pages_per_seq + config.num_watermark_pages
+        num_reserved = sum(int(share * config.num_pages) for share in shares.values())
+        if config.num_pages - num_reserved < num_needed:
+            raise ConfigError(
+                f"cache_share of all tenants keeps {num_reserved} of {config.num_pages} pages, but "
+                f"one sequence of --max-model-len {config.max_model_len} needs {num_needed}: lower "
+                "the shares or --max-model-len, or raise --kv-cache-bytes"
+            )
+        self._scheduler.pages.reserve(shares)
 
     def _record(self, request: GenerationRequest) -> Request:
         sampling = request.sampling

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from jaxserve.engine.loop import Committed, EngineLoop, Outputs, StepExecutor, S
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputSink
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
+from jaxserve.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class EngineSnapshot:
     step_in_flight_s: float | None
     """How long the device has been at the step it works on; None when it has
     none. Large means that it hangs."""
+    stalled_s: float | None
+    """How long there has been work and no step of it has ended; None without work."""
     mean_step_fill: float
     """Rows that carried a token, over rows computed; 0 before the first step."""
     compiles_after_ready: int
@@ -169,6 +172,17 @@ class EngineCore(ABC):
         self._failed = True
         self._inbox.refuse(why)
 
+    def share_cache(self, shares: Mapping[str, float]) -> None:
+        """From now on each owner of cached prefixes keeps its part of the KV cache.
+
+        May be called from any thread. Raises ConfigError if the parts leave too little to work
+        with.
+        """
+        if shares:
+            raise ConfigError(
+                "cache_share: an encoder keeps no keys and values: leave it out of the keys file"
+            )
+
     def snapshot(self) -> EngineSnapshot:
         """May be called from any thread; the figures may be a step apart."""
         num_queued, num_queued_tokens = self._inbox.num_queued
@@ -184,6 +198,7 @@ class EngineCore(ABC):
             num_steps=num_steps,
             last_step_age_s=None if last_step_s is None else now_s - last_step_s,
             step_in_flight_s=self._loop.step_in_flight_s(now_s),
+            stalled_s=self._loop.stalled_s(now_s),
             mean_step_fill=metrics.num_step_tokens / max(1, metrics.num_step_rows),
             compiles_after_ready=self._count_compiles(),
         )

@@ -154,6 +154,8 @@ class EngineLoop:
         """False after a plan of None, until something happens."""
         self._device_idle_since_s = clock()
         self._last_completed_s = self._device_idle_since_s
+        self._woken_s = self._device_idle_since_s
+        """When work came after an idle time."""
 
     @property
     def num_in_flight(self) -> int:
@@ -168,6 +170,13 @@ class EngineLoop:
             return None
         # A step that was submitted early began when the one before it ended.
         return now_s - max(submitted_s, self._last_completed_s)
+
+    def stalled_s(self, now_s: float) -> float | None:
+        """How long there has been work and no step has ended; None without work. More than a
+        step in flight: it shows a loop that hangs itself, too. From any thread."""
+        if not self._scheduler.has_work:
+            return None
+        return now_s - max(self._last_completed_s, self._woken_s)
 
     def turn(self, committed: Committed | None) -> Committed | None:
         """Feeds the device, emits `committed`, and returns the next committed
@@ -187,6 +196,7 @@ class EngineLoop:
             if not self._arrivals.wait(_INTEGRITY_CHECK_AFTER_IDLE_S):
                 self._scheduler.check_integrity()
                 self._arrivals.wait(None)
+            self._woken_s = self._clock()
         else:
             next_s = self._deadlines[0][0] if self._deadlines else None
             self._arrivals.wait(None if next_s is None else max(0.0, next_s - self._clock()))

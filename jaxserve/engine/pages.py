@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from jaxserve.engine.cached_pages import CachedPages
 
 
 def root_key(salt: str) -> bytes:
@@ -51,7 +53,9 @@ class PagePool:
         """Collect ids for `drain_freed`, so that tests can poison the pages."""
         self._free = list(range(num_pages - 1, -1, -1))
         self._num_holders = [0] * num_pages
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached = CachedPages()
+        self._salt_of_page = [""] * num_pages
+        self._owner_of_page = [""] * num_pages
         self._key_of_page: list[bytes | None] = [None] * num_pages
         self._tokens_of_page: list[tuple[int, ...]] = [()] * num_pages
         self._page_of_key: dict[bytes, int] = {}
@@ -71,18 +75,29 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Pages that `allocate` can give: free ones and evictable cached ones."""
-        return len(self._free) + len(self._cached)
+        """Pages that `allocate` can give: free ones and cached ones in no reserve."""
+        return len(self._free) + len(self._cached) - self._cached.num_reserved
+
+    def reserve(self, shares: Mapping[str, float]) -> None:
+        """From now on each owner keeps its part of the pool, between 0 and 1, against all others.
+
+        May be called from any thread. The parts must leave room for the longest sequence.
+        """
+        self._cached.reserves = {
+            owner: int(share * self.num_total) for owner, share in shares.items()
+        }
 
     def allocate(self, num_pages: int) -> list[int]:
         """Takes pages, free ones first, then the least recently used cached ones.
 
         The caller has checked `num_available`; too few is its defect and
-        raises PageIntegrityError without taking any.
+        raises PageIntegrityError without taking any. Reserves that were made
+        since give way.
         """
-        if num_pages > self.num_available:
+        num_available = len(self._free) + len(self._cached)
+        if num_pages > num_available:
             raise PageIntegrityError(
-                f"{num_pages} pages were asked for, {self.num_available} are available"
+                f"{num_pages} pages were asked for, {num_available} are available"
             )
         page_ids = []
         for _ in range(num_pages):
@@ -95,7 +110,7 @@ class PagePool:
         """Adds a holder to registered pages that `find_prefix` returned."""
         for page_id in page_ids:
             if self._num_holders[page_id] == 0:
-                del self._cached[page_id]
+                self._cached.remove(page_id)
             self._num_holders[page_id] += 1
 
     def release(self, page_ids: Sequence[int]) -> None:
@@ -112,32 +127,49 @@ class PagePool:
             if holders:
                 continue
             if self._key_of_page[page_id] is not None:
-                self._cached[page_id] = None
+                self._cached.add(page_id, self._owner_of_page[page_id])
             else:
                 self._free.append(page_id)
                 self._note_freed(page_id)
 
-    def register(self, page_id: int, key: bytes, token_ids: tuple[int, ...]) -> None:
-        """Makes a held, full page findable by `key`. The first page of a key stays."""
+    def register(
+        self,
+        page_id: int,
+        key: bytes,
+        token_ids: tuple[int, ...],
+        *,
+        salt: str = "",
+        owner: str = "",
+    ) -> None:
+        """Makes a held, full page findable by `key`. The first page of a key stays.
+
+        Args:
+            salt: of the key's chain.
+            owner: whose part of the cache it fills once nobody holds it.
+        """
         if not self.prefix_caching or key in self._page_of_key:
             return
         self._page_of_key[key] = page_id
         self._key_of_page[page_id] = key
         self._tokens_of_page[page_id] = token_ids
+        self._salt_of_page[page_id] = salt
+        self._owner_of_page[page_id] = owner
 
-    def find_prefix(self, keys: Sequence[bytes], token_ids: Sequence[int]) -> list[int]:
+    def find_prefix(
+        self, keys: Sequence[bytes], token_ids: Sequence[int], *, salt: str = ""
+    ) -> list[int]:
         """Pages that hold the longest registered prefix; takes no reference.
 
         Args:
             keys: key chain of the leading full pages.
-            token_ids: the tokens of these pages; compared, so that a key
-                collision can't join two prompts.
+            token_ids, salt: the tokens of these pages, and the chain's salt; compared, so
+                that a key collision can't join two prompts or two tenants.
         """
         size = self.page_size
         page_ids: list[int] = []
         for index, key in enumerate(keys):
             page_id = self._page_of_key.get(key)
-            if page_id is None:
+            if page_id is None or self._salt_of_page[page_id] != salt:
                 break
             if self._tokens_of_page[page_id] != tuple(token_ids[index * size : (index + 1) * size]):
                 break
@@ -155,8 +187,9 @@ class PagePool:
             self._free.append(self._evict())
 
     def num_unheld(self, page_ids: Iterable[int]) -> int:
-        """How many of the pages nobody holds: sharing these takes from `num_available`."""
-        return sum(self._num_holders[page_id] == 0 for page_id in page_ids)
+        """How much sharing the pages takes from `num_available`: those that nobody holds, but
+        for the ones in a reserve."""
+        return self._cached.num_evictable(p for p in page_ids if self._num_holders[p] == 0)
 
     def drain_freed(self) -> list[int]:
         """Pages whose content became meaningless since the last call.
@@ -199,12 +232,13 @@ class PagePool:
             raise PageIntegrityError("; ".join(problems[:5]))
 
     def _evict(self) -> int:
-        page_id, _ = self._cached.popitem(last=False)
+        page_id = self._cached.pop_oldest()
         key = self._key_of_page[page_id]
         if key is not None:
             del self._page_of_key[key]
         self._key_of_page[page_id] = None
         self._tokens_of_page[page_id] = ()
+        self._salt_of_page[page_id] = self._owner_of_page[page_id] = ""
         self._note_freed(page_id)
         return page_id
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import NamedTuple
@@ -40,6 +40,21 @@ class ServiceObjective:
 
 
 @dataclass(frozen=True, slots=True)
+class Account:
+    """Whose request it is, as far as the engine shares itself out."""
+
+    tenant: str = ""
+    """Waiting tenants take turns; all requests without one are one tenant's."""
+    weight: float = 1.0
+    """Of the tenant's share."""
+    cache_owner: str = ""
+    """Whose part of the prefix cache its pages fill."""
+
+
+NOBODY = Account()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A validated, tokenised request as a front end hands it to the engine."""
 
@@ -54,6 +69,7 @@ class GenerationRequest:
     """Class of the request: lower ones are admitted first and preempted last."""
     objective: ServiceObjective | None = None
     """For policies and budgets that follow deadlines."""
+    account: Account = NOBODY
 
 
 @dataclass(slots=True, eq=False)
@@ -194,3 +210,14 @@ class RequestOutput:
     """On the last output only."""
     embedding: npt.NDArray[np.float32] | None = None
     """`[E]`, an encoder's whole answer."""
+
+
+def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """One output of a request, with all that these in turn tell; there is at least one."""
+    return replace(
+        outputs[-1],
+        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        prompt_logprobs=tuple(entry for output in outputs for entry in output.prompt_logprobs),
+    )

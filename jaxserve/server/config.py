@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, InvalidRequest
+from jaxserve.server.pacing import IMMEDIATE, Pacing
+from jaxserve.server.tls import TlsFiles
 
 MIB = 1 << 20
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -15,8 +18,8 @@ class ServerConfig:
     """Validated on construction; a message names the flag to change."""
 
     host: str = "127.0.0.1"
-    """Interface to listen on. Nothing is encrypted or authenticated, so any
-    other than the loopback belongs behind a gateway."""
+    """Interface to listen on. Any other than the loopback needs keys, client certificates, or
+    `allow_unauthenticated`."""
     grpc_port: int = 50051
     """0 picks a free port."""
     http_port: int = 8000
@@ -24,6 +27,14 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names that the HTTP Host header may have beside the loopback's and `host`.
     On another interface than the loopback any name may, unless some are given."""
+    api_keys_file: Path | None = None
+    """Who may send requests (`jaxserve.server.access.key_file`). None: whoever reaches a port."""
+    allow_unauthenticated: bool = False
+    """Open an interface beyond the loopback to whoever reaches it."""
+    tls: TlsFiles | None = None
+    """Of both ports. None: nothing is encrypted."""
+    pacing: Pacing = IMMEDIATE
+    """Of all streams; a request can only ask for a coarser one."""
     reflection: bool = False
     """Let clients such as grpcurl list the methods."""
     drain_timeout_s: float = 30.0
@@ -60,3 +71,24 @@ class ServerConfig:
             raise ConfigError(f"--drain-timeout-s must not be negative, not {self.drain_timeout_s}")
         if not self.host:
             raise ConfigError("--host must be an address, e.g. 127.0.0.1")
+        try:
+            self.pacing.validate(_pacing_flag)
+        except InvalidRequest as error:
+            raise ConfigError(str(error)) from None
+        if self.host not in LOOPBACK_HOSTS and not (self.asks_who or self.allow_unauthenticated):
+            raise ConfigError(
+                f"--host {self.host} may be reached by others, and nobody would be asked for a "
+                "key: give --api-keys-file (`jaxserve keys new` makes keys) or --tls-client-ca, or "
+                "say --allow-unauthenticated if a gateway in front asks"
+            )
+
+    @property
+    def asks_who(self) -> bool:
+        """Whether a client has to show a key or a certificate."""
+        return self.api_keys_file is not None or (
+            self.tls is not None and self.tls.client_ca is not None
+        )
+
+
+def _pacing_flag(field: str) -> str:
+    return "--strict-pacing" if field == "strict" else f"--{field.replace('_', '-')}"

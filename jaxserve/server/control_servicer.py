@@ -9,7 +9,7 @@ from jaxserve.server import convert
 from jaxserve.server.state import Phase, ServerState
 from jaxserve.server.status import Context, end_with_status
 
-SCHEMA_REVISION = 3
+SCHEMA_REVISION = 4
 
 _STATES = {
     Phase.STARTING: pb.SERVER_STATE_STARTING,

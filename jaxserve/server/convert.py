@@ -7,6 +7,7 @@ a setting has the same name in both, so the descriptors are the only table.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from jaxserve.engine.sampling_params import (
 )
 from jaxserve.errors import InvalidRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
+from jaxserve.server.pacing import IMMEDIATE, Pacing
 from jaxserve.server.prompt_limits import PromptLimits, at_most, check_cache_salt
 
 if TYPE_CHECKING:
@@ -153,6 +155,17 @@ def _plain(field: FieldDescriptor, value: Any) -> Any:
     return value if is_scalar else tuple(value)
 
 
+def pacing(request: pb.GenerateRequest, of_server: Pacing) -> Pacing:
+    """Of this request's stream. Raises InvalidRequest naming the field."""
+    asked = Pacing(**{field.name: value for field, value in request.pacing.ListFields()})
+    effective = of_server.of_request(asked, lambda field: f"pacing.{field}")
+    if effective.strict and request.response.HasField("prompt_logprobs"):
+        raise InvalidRequest(
+            "response.prompt_logprobs", "would not fit a stream of equal messages (pacing.strict)"
+        )
+    return effective
+
+
 def client_field(field: str, request: pb.GenerateRequest | pb.TokenizeRequest) -> str:
     """The path that the client wrote for a field that the engine names."""
     if field in SETTING_PATHS:
@@ -172,6 +185,7 @@ def generate_request(
     *,
     request_id: str | None = None,
     cache_salt: str | None = None,
+    pacing: Pacing | None = None,
     **settings: Any,
 ) -> pb.GenerateRequest:
     """What a client sends.
@@ -187,6 +201,9 @@ def generate_request(
     request = pb.GenerateRequest(request_id=request_id, **prompt_fields(prompt))
     if cache_salt is not None:
         request.cache.cache_salt = cache_salt
+    if pacing is not None:
+        values = {field.name: getattr(pacing, field.name) for field in fields(pacing)}
+        request.pacing.CopyFrom(pb.Pacing(**values))
     for name, value in settings.items():
         if name not in SETTING_PATHS:
             known = ", ".join(sorted(SETTING_PATHS))
@@ -222,11 +239,51 @@ def _set(group: Message, name: str, value: Any) -> None:
 # Replies
 
 
-def responses(output: RequestOutput) -> Iterator[pb.GenerateResponse]:
-    """The messages of one delta: one, or more when prompt logprobs are long.
+def responses(output: RequestOutput, pacing: Pacing = IMMEDIATE) -> Iterator[pb.GenerateResponse]:
+    """The messages of one delta, padded: one, or more when prompt logprobs are long. One of
+    padding alone stands for an empty delta of a strict stream.
 
     `finish_reason` must not be ERROR, which is a status, not a reply.
     """
+    messages = list(_plain_responses(output))
+    if pacing.strict and not messages:
+        messages.append(pb.GenerateResponse())
+    for message in messages:
+        size = message.ByteSize()
+        # An empty one has the size of others.
+        padded = pacing.padded_size(max(1, size), MIN_PADDING)
+        message.pad.extend(_padding(padded - size if pacing.pad_bytes else 0))
+        yield message
+
+
+def fits(output: RequestOutput, pacing: Pacing) -> bool:
+    """Whether a delta goes into one message of `pad_bytes`."""
+    messages = list(_plain_responses(output))
+    sizes = [pacing.padded_size(message.ByteSize(), MIN_PADDING) for message in messages]
+    return len(messages) <= 1 and all(size == pacing.pad_bytes for size in sizes)
+
+
+MIN_PADDING = 2
+"""Of a message: the tag of `pad` and its length, 0."""
+
+
+def _padding(num_bytes: int) -> list[bytes]:
+    """Entries of `pad` that take so many bytes on the wire: none, or at least MIN_PADDING."""
+    if not num_bytes:
+        return []
+    for size in range(num_bytes - 2, max(num_bytes - 5, -1), -1):
+        if _entry_bytes(size) == num_bytes:
+            return [bytes(size)]
+    # One entry has no such size, since its length takes another byte from 128 on.
+    return [b"", *_padding(num_bytes - MIN_PADDING)]
+
+
+def _entry_bytes(size: int) -> int:
+    """Of an entry of `pad` on the wire: tag, length and content."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
+
+
+def _plain_responses(output: RequestOutput) -> Iterator[pb.GenerateResponse]:
     for start in range(0, len(output.prompt_logprobs), PROMPT_LOGPROBS_A_MESSAGE):
         part = output.prompt_logprobs[start : start + PROMPT_LOGPROBS_A_MESSAGE]
         yield pb.GenerateResponse(prompt=pb.PromptOutput(logprobs=map(_logprobs_message, part)))

@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.proto.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from jaxserve.server.access.door import Door
+from jaxserve.server.access.grpc_access import RequireAccess, check_rules
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.control_servicer import ControlServicer
 from jaxserve.server.health import HealthReporter
@@ -19,6 +21,7 @@ from jaxserve.server.inference_servicer import InferenceServicer
 from jaxserve.server.malformed import RefuseMalformed
 from jaxserve.server.ports import check_can_listen, listen_error
 from jaxserve.server.state import ServerState
+from jaxserve.server.tls import TlsKeeper
 
 KEEPALIVE_S = 60
 KEEPALIVE_TIMEOUT_S = 20
@@ -47,7 +50,12 @@ def channel_options(config: ServerConfig) -> list[tuple[str, Any]]:
 
 
 def create_grpc_server(
-    config: ServerConfig, state: ServerState, health: HealthReporter, workers: Executor
+    config: ServerConfig,
+    state: ServerState,
+    health: HealthReporter,
+    workers: Executor,
+    door: Door,
+    tls: TlsKeeper | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """A server that listens once it is started, and its port.
 
@@ -56,10 +64,12 @@ def create_grpc_server(
     """
     server = grpc.aio.server(
         options=channel_options(config),
-        interceptors=(RefuseMalformed(),),
+        interceptors=(RequireAccess(door.ring, state), RefuseMalformed()),
         maximum_concurrent_rpcs=config.max_concurrent_calls,
     )
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(state, workers), server)
+    check_rules(file.services_by_name[name] for file, name in _SERVICES)
+    inference = InferenceServicer(state, workers, door, config.pacing)
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
     control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(state), server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     if config.reflection:
@@ -71,7 +81,11 @@ def create_grpc_server(
     check_can_listen("--grpc-port", config.host, config.grpc_port)
     host = f"[{config.host}]" if ":" in config.host else config.host
     try:
-        port = server.add_insecure_port(f"{host}:{config.grpc_port}")
+        address = f"{host}:{config.grpc_port}"
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, tls.grpc_credentials())
     except RuntimeError as error:  # Taken since it was looked at, most likely.
         taken = OSError(errno.EADDRINUSE, "")
         raise listen_error("--grpc-port", config.host, config.grpc_port, taken) from error

@@ -10,12 +10,16 @@ from contextlib import aclosing
 from functools import partial
 
 from jaxserve.engine.encoder.texts import tokenize_texts
-from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput
+from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput, joined
 from jaxserve.errors import InvalidRequest, NotAccepting
 from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.proto.v1 import inference_pb2_grpc
 from jaxserve.server import convert
+from jaxserve.server.access.door import Door
+from jaxserve.server.access.grpc_access import authorize
+from jaxserve.server.access.tenant import Tenant
 from jaxserve.server.metadata import REQUEST_ID_KEY
+from jaxserve.server.pacing import IMMEDIATE, Pacing, paced
 from jaxserve.server.prompt_limits import check_request_id
 from jaxserve.server.state import ServerState, Serving
 from jaxserve.server.status import Context, abort_internal, abort_late, end_with_status
@@ -27,9 +31,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Handlers run on the event loop; text is tokenised on `workers`, so that
     a long prompt delays nobody's stream."""
 
-    def __init__(self, state: ServerState, workers: Executor) -> None:
+    def __init__(
+        self, state: ServerState, workers: Executor, door: Door, pacing: Pacing = IMMEDIATE
+    ) -> None:
         self._state = state
         self._workers = workers
+        self._door = door
+        self._pacing = pacing
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         # Writing to the context, rather than yielding, puts a cancellation
@@ -39,8 +47,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             request_id = _request_id(request, context)
             serving = self._state.require_accepting()
             serving.require_generation()
+            tenant = self._tenant("Generate", context)
+            pacing = convert.pacing(request, self._pacing)
             generation = await self._accept(request, serving, request_id, context)
-            await self._stream(generation, serving, context)
+            generation = self._door.claims.claim(tenant, generation)
+            await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+            await self._stream(generation, pacing, serving, context)
         except InvalidRequest as error:
             self._state.note_refusal(error)
             await end_with_status(context, _in_client_words(error, request))
@@ -55,6 +67,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         try:
             serving = self._state.require_accepting()
             serving.require_embeddings()
+            tenant = self._tenant("Embed", context)
             convert.check_embed_request(request, serving.limits)
             deadline_s = self._deadline_s(context)
             loop = asyncio.get_running_loop()
@@ -67,7 +80,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             )
             texts = await loop.run_in_executor(self._workers, tokenize)
             requests = [
-                GenerationRequest(f"{request_id}-{index}", text.token_ids, deadline_s=deadline_s)
+                self._door.claims.claim(
+                    tenant,
+                    GenerationRequest(
+                        f"{request_id}-{index}", text.token_ids, deadline_s=deadline_s
+                    ),
+                )
                 for index, text in enumerate(texts)
             ]
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
@@ -99,7 +117,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             convert.refuse_unknown_fields(request)
             request_id = check_request_id(request.request_id)
             serving = self._state.require_serving()
-            aborted = serving.engine.abort(request_id, FinishReason.CANCELLED)
+            tenant = self._tenant("Abort", context)
+            own_id = self._door.running_id(serving, tenant, request_id)
+            aborted = serving.engine.abort(own_id, FinishReason.CANCELLED)
             outcome = pb.ABORT_OUTCOME_ABORTED if aborted else pb.ABORT_OUTCOME_ALREADY_FINISHED
             return pb.AbortResponse(outcome=outcome)
         except Exception as error:
@@ -125,25 +145,35 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             cache_salt=request.cache.cache_salt,
         )
 
+    def _tenant(self, method: str, context: Context) -> Tenant:
+        """Who calls. Its key may have gone since the call was let in; then raises as that does."""
+        metadata = context.invocation_metadata()
+        return authorize(self._door.ring, f"/jaxserve.v1.Inference/{method}", metadata)
+
     def _deadline_s(self, context: Context) -> float | None:
         """When the client's patience ends, on the engine's clock."""
         remaining_s = context.time_remaining()
         return None if remaining_s is None else self._state.clock() + remaining_s
 
     async def _stream(
-        self, generation: GenerationRequest, serving: Serving, context: Context
+        self, generation: GenerationRequest, pacing: Pacing, serving: Serving, context: Context
     ) -> None:
-        request_id = generation.request_id
-        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
         async with aclosing(serving.async_engine.generate(generation)) as outputs:
-            async for output in outputs:
-                if output.finish_reason is FinishReason.ERROR:
-                    await abort_internal(context, request_id)
-                for response in convert.responses(output):
-                    await context.write(response)
-                if output.finish_reason is FinishReason.DEADLINE:
-                    # The engine's clock may be first; the client gets one status either way.
-                    await abort_late(context)
+            if pacing.is_immediate:
+                async for output in outputs:
+                    await _write(output, pacing, generation.request_id, context)
+                return
+            batches = paced(
+                outputs,
+                pacing,
+                num_tokens=lambda output: len(output.token_ids),
+                fits=lambda batch: convert.fits(joined(batch), pacing),
+            )
+            # A generator, which its type, an iterator, does not say.
+            async with aclosing(batches):  # type: ignore[type-var]
+                async for batch in batches:
+                    output = joined(batch) if batch else NOTHING
+                    await _write(output, pacing, generation.request_id, context)
 
     async def _token_ids(
         self, request: pb.GenerateRequest | pb.TokenizeRequest, serving: Serving
@@ -164,6 +194,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return tuple(await loop.run_in_executor(self._workers, encode))
         except (ChatTemplateError, TokenizerError) as error:
             raise InvalidRequest("prompt", str(error)) from error
+
+
+NOTHING = RequestOutput(request_id="", token_ids=(), text="")
+
+
+async def _write(output: RequestOutput, pacing: Pacing, request_id: str, context: Context) -> None:
+    """Sends what an output tells, or ends the call with the status that it stands for."""
+    if output.finish_reason is FinishReason.ERROR:
+        await abort_internal(context, request_id)
+    for response in convert.responses(output, pacing):
+        await context.write(response)
+    if output.finish_reason is FinishReason.DEADLINE:
+        # The engine's clock may be first; the client gets one status either way.
+        await abort_late(context)
 
 
 async def _end_unless_embedded(

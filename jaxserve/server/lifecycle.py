@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.hung_device import leave_hung_device
+from jaxserve.server.access.door import Door
+from jaxserve.server.access.key_ring import KeyRing
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.grpc_server import create_grpc_server
 from jaxserve.server.health import HealthReporter
 from jaxserve.server.http.http_server import HttpServer
 from jaxserve.server.prompt_limits import PromptLimits
 from jaxserve.server.state import ModelCard, ServerState, Serving
+from jaxserve.server.tls import TlsKeeper
 
 if TYPE_CHECKING:
     from jaxserve.engine.encoder.startup import RunningEncoder
@@ -31,6 +34,8 @@ _T = TypeVar("_T")
 NUM_TOKENIZER_THREADS = 2
 FLUSH_GRACE_S = 5.0
 """For streams to hand their last messages to the client."""
+FILES_POLL_S = 1.0
+"""How often the files of keys and certificates are looked at."""
 LOSS_NOTICE_S = 2.0
 """For health checks to see that the server is degraded, before it ends."""
 
@@ -43,10 +48,14 @@ class Server:
     """
 
     def __init__(self, config: ServerConfig) -> None:
+        """Raises ConfigError if the files of keys or certificates cannot be used."""
         self.state = ServerState(degraded_after_s=config.degraded_after_s)
         self.grpc_port = 0
         self.http_port = 0
         self._config = config
+        self._ring = KeyRing(config.api_keys_file)
+        self._door = Door.of(self._ring, self.state)
+        self._tls = None if config.tls is None else TlsKeeper(config.tls)
         self._health = HealthReporter(self.state)
         self._workers = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, "jaxserve-tokenize")
         self._cleanup = contextlib.AsyncExitStack()
@@ -57,18 +66,28 @@ class Server:
         await self._health.refresh()
         cleanup.callback(self._workers.shutdown, wait=False, cancel_futures=True)
         self._grpc, self.grpc_port = create_grpc_server(
-            config, self.state, self._health, self._workers
+            config, self.state, self._health, self._workers, self._door, self._tls
         )
         cleanup.push_async_callback(self._grpc.stop, None)
-        self._http = HttpServer(config, self.state, self._workers)
+        self._http = HttpServer(config, self.state, self._workers, self._door, self._tls)
         cleanup.push_async_callback(self._http.stop)
         self.http_port = self._http.port
         await self._grpc.start()
         await self._http.start()
-        watch = asyncio.create_task(self._health.watch())
-        cleanup.callback(watch.cancel)
+        for watch in (self._health.watch(), self._watch_files()):
+            cleanup.callback(asyncio.create_task(watch).cancel)
+
+    async def _watch_files(self) -> None:
+        """Takes new keys and certificates. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(FILES_POLL_S)
+            self._ring.reload_if_changed()
+            if self._tls is not None:
+                self._tls.reload_if_changed()
 
     async def become_ready(self, serving: Serving) -> None:
+        """Raises ConfigError if the engine cannot keep what the keys file promises."""
+        self._door.open_to(serving)
         self.state.serving = serving
         await self._health.refresh()
 

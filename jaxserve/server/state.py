@@ -9,7 +9,16 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from jaxserve.engine.weight_swaps import WeightSwaps
-from jaxserve.errors import EngineLost, InvalidRequest, NotAccepting, NotSupported, QueueFull
+from jaxserve.errors import (
+    EngineLost,
+    Forbidden,
+    InvalidRequest,
+    NotAccepting,
+    NotSupported,
+    OverLimit,
+    QueueFull,
+    Unauthenticated,
+)
 from jaxserve.server.prompt_limits import PromptLimits
 
 if TYPE_CHECKING:
@@ -33,6 +42,10 @@ class Refusal(StrEnum):
 
     INVALID = "invalid"
     QUEUE_FULL = "queue_full"
+    OVER_LIMIT = "over_limit"
+    """Of its tenant."""
+    NO_ACCESS = "no_access"
+    """Its API key is missing, not known or not good for this."""
     NOT_ACCEPTING = "not_accepting"
     """The server starts or drains, or its engine has failed."""
     NOT_SUPPORTED = "not_supported"
@@ -41,10 +54,14 @@ class Refusal(StrEnum):
 
 _REFUSALS = {
     InvalidRequest: Refusal.INVALID,
+    OverLimit: Refusal.OVER_LIMIT,
     QueueFull: Refusal.QUEUE_FULL,
     NotAccepting: Refusal.NOT_ACCEPTING,
     NotSupported: Refusal.NOT_SUPPORTED,
+    Unauthenticated: Refusal.NO_ACCESS,
+    Forbidden: Refusal.NO_ACCESS,
 }
+"""The first that fits counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +165,9 @@ class ServerState:
         for kind, reason in _REFUSALS.items():
             if isinstance(error, kind):
                 self.num_refused[reason] += 1
+                return
 
     def _is_stuck(self, serving: Serving) -> bool:
         load = serving.engine.snapshot()
-        step_s = load.step_in_flight_s
-        return load.failed or (step_s is not None and step_s > self.degraded_after_s)
+        waits_s = max(load.step_in_flight_s or 0.0, load.stalled_s or 0.0)
+        return load.failed or waits_s > self.degraded_after_s

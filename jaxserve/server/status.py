@@ -7,6 +7,7 @@ it, or a constant text with the request's id; never another exception's text.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, NoReturn
 
 import grpc
@@ -14,15 +15,16 @@ import grpc.aio
 
 from jaxserve.engine.failure_log import log_failure
 from jaxserve.errors import (
+    Forbidden,
     InvalidRequest,
     NotAccepting,
+    NotFound,
     NotSupported,
     QueueFull,
     StreamTooSlow,
+    Unauthenticated,
 )
 from jaxserve.server.metadata import FIELD_KEY, RETRY_KEY
-
-RETRY_AFTER_MS = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -35,7 +37,7 @@ async def end_with_status(context: Context, error: Exception, request_id: str = 
         field = ((FIELD_KEY, error.field),)
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error), field)
     if isinstance(error, QueueFull):
-        retry = ((RETRY_KEY, str(RETRY_AFTER_MS)),)
+        retry = ((RETRY_KEY, str(math.ceil(1000 * error.retry_after_s))),)
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry)
     if isinstance(error, StreamTooSlow):
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
@@ -43,6 +45,12 @@ async def end_with_status(context: Context, error: Exception, request_id: str = 
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
     if isinstance(error, NotSupported):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(error))
+    if isinstance(error, NotFound):
+        await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+    if isinstance(error, Unauthenticated):
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+    if isinstance(error, Forbidden):
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
     if isinstance(error, grpc.aio.AbortError | grpc.aio.UsageError):
         raise error  # It has a status already, or the peer is gone.
     log_failure(_log, f"request {request_id} failed", error)

@@ -51,6 +51,10 @@ def test_advertised_fields_are_what_generate_accepts(service):
         "token_ids.ids",
         "chat.messages",
         "cache.cache_salt",
+        "pacing.flush_ms",
+        "pacing.flush_tokens",
+        "pacing.pad_bytes",
+        "pacing.strict",
     }
 
 
@@ -259,7 +263,8 @@ def test_every_cause_has_its_advice():
 
 def _start_error(service, **settings) -> str:
     async def start() -> None:
-        server = Server(ServerConfig(**({"grpc_port": 0, "http_port": 0} | settings)))
+        ports = {"grpc_port": 0, "http_port": 0, "allow_unauthenticated": True}
+        server = Server(ServerConfig(**(ports | settings)))
         try:
             await server.start()
         finally:

@@ -17,7 +17,9 @@ def find_cached_pages(state: SchedulerState, request: Request) -> list[int]:
     num_pages = (request.num_tokens - 1) // size
     extend_page_keys(request, num_pages, size)
     token_ids = request.known_token_ids(0, num_pages * size)
-    return state.pages.find_prefix(request.page_keys[:num_pages], token_ids)
+    return state.pages.find_prefix(
+        request.page_keys[:num_pages], token_ids, salt=request.generation.cache_salt
+    )
 
 
 def extend_page_keys(request: Request, num_pages: int, page_size: int) -> None:

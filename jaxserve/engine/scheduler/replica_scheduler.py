@@ -6,7 +6,7 @@ alone. A request goes to the replica with the fewest when it comes, and stays th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.plan import ReplicaPlans, StepResults
@@ -32,6 +32,11 @@ class ReplicaPages:
     @property
     def num_total(self) -> int:
         return sum(pool.num_total for pool in self._pools)
+
+    def reserve(self, shares: Mapping[str, float]) -> None:
+        """As `PagePool.reserve`, in each pool."""
+        for pool in self._pools:
+            pool.reserve(shares)
 
     def forget(self) -> None:
         """Empties every prefix cache."""

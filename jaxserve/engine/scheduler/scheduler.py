@@ -263,9 +263,15 @@ class Scheduler:
     def _register_pages(self, request: Request, num_pages: int) -> None:
         """Offers pages that this commit completed to the prefix cache."""
         if self.config.prefix_caching:
-            size = self._page_size
+            size, generation = self._page_size, request.generation
             for index in range(request.num_registered_pages, num_pages):
                 token_ids = request.known_token_ids(index * size, (index + 1) * size)
                 key = page_key_at(request, index, token_ids)
-                self._state.pages.register(request.page_ids[index], key, token_ids)
+                self._state.pages.register(
+                    request.page_ids[index],
+                    key,
+                    token_ids,
+                    salt=generation.cache_salt,
+                    owner=generation.account.cache_owner,
+                )
         request.num_registered_pages = num_pages

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from jaxserve.engine.pages import PageIntegrityError, PagePool
 from jaxserve.engine.request import Request
 from jaxserve.engine.scheduler.config import SchedulerConfig
+from jaxserve.engine.scheduler.fair_shares import FairShares
 from jaxserve.engine.scheduler.waiting import QueueKey, WaitingQueue
 
 
@@ -21,7 +22,8 @@ class SchedulerState:
     pages: PagePool
     waiting: WaitingQueue
     free_slots: list[int]
-    running: dict[str, Request] = field(default_factory=dict)
+    shares: FairShares
+    running: dict[str, Request]
     """Holders of a slot in order of admission. Policies that admit in order of
     arrival have the oldest first, since a preemption takes the youngest."""
     draining: set[Request] = field(default_factory=set)
@@ -34,13 +36,19 @@ class SchedulerState:
 
     @classmethod
     def empty(cls, config: SchedulerConfig, queue_key: QueueKey | None = None) -> SchedulerState:
+        running: dict[str, Request] = {}
+        shares = FairShares(running)
         return cls(
             config=config,
             pages=PagePool(
                 config.num_pages, config.page_size, prefix_caching=config.prefix_caching
             ),
-            waiting=WaitingQueue(config.max_queued_requests, config.max_queued_tokens, queue_key),
+            waiting=WaitingQueue(
+                config.max_queued_requests, config.max_queued_tokens, queue_key, shares=shares
+            ),
             free_slots=list(range(config.max_num_seqs - 1, -1, -1)),
+            shares=shares,
+            running=running,
         )
 
     def num_pages_for(self, num_tokens: int) -> int:
@@ -62,6 +70,7 @@ class SchedulerState:
     def retire(self, request: Request) -> None:
         """Takes a finished request out of `running`."""
         del self.running[request.request_id]
+        self.shares.charge(request)
         if request.num_in_flight_steps:
             self.draining.add(request)
         else:

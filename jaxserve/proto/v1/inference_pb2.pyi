@@ -31,7 +31,7 @@ ABORT_OUTCOME_ABORTED: AbortOutcome
 ABORT_OUTCOME_ALREADY_FINISHED: AbortOutcome
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "decoding", "stopping", "response", "cache")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "sampling", "decoding", "stopping", "response", "cache", "pacing")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    PACING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: TextPrompt
     token_ids: TokenIds
@@ -50,7 +51,8 @@ class GenerateRequest(_message.Message):
     stopping: Stopping
     response: ResponseOptions
     cache: Cache
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[_Union[TextPrompt, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., decoding: _Optional[_Union[Decoding, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ...) -> None: ...
+    pacing: Pacing
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[_Union[TextPrompt, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., decoding: _Optional[_Union[Decoding, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., response: _Optional[_Union[ResponseOptions, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ..., pacing: _Optional[_Union[Pacing, _Mapping]] = ...) -> None: ...
 
 class TextPrompt(_message.Message):
     __slots__ = ("text", "add_special_tokens")
@@ -150,17 +152,31 @@ class Cache(_message.Message):
     cache_salt: str
     def __init__(self, cache_salt: _Optional[str] = ...) -> None: ...
 
+class Pacing(_message.Message):
+    __slots__ = ("flush_ms", "flush_tokens", "pad_bytes", "strict")
+    FLUSH_MS_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STRICT_FIELD_NUMBER: _ClassVar[int]
+    flush_ms: int
+    flush_tokens: int
+    pad_bytes: int
+    strict: bool
+    def __init__(self, flush_ms: _Optional[int] = ..., flush_tokens: _Optional[int] = ..., pad_bytes: _Optional[int] = ..., strict: _Optional[bool] = ...) -> None: ...
+
 class GenerateResponse(_message.Message):
-    __slots__ = ("prompt", "output", "finished", "usage")
+    __slots__ = ("prompt", "output", "finished", "usage", "pad")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    PAD_FIELD_NUMBER: _ClassVar[int]
     prompt: PromptOutput
     output: TokenOutput
     finished: GenerationFinished
     usage: Usage
-    def __init__(self, prompt: _Optional[_Union[PromptOutput, _Mapping]] = ..., output: _Optional[_Union[TokenOutput, _Mapping]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    pad: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, prompt: _Optional[_Union[PromptOutput, _Mapping]] = ..., output: _Optional[_Union[TokenOutput, _Mapping]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., pad: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class PromptOutput(_message.Message):
     __slots__ = ("logprobs",)

@@ -85,7 +85,8 @@ class InferenceServicer:
 
     def Abort(self, request, context):
         """Ends a request by its exact id. Its Generate stream finishes with reason
-        CANCELLED.
+        CANCELLED. A server that asks for API keys answers NOT_FOUND unless a request
+        of the caller's has the id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -12,13 +12,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput
+from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput, joined
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.errors import InvalidRequest
 from jaxserve.server.http.disconnect import unless_disconnected
 from jaxserve.server.http.errors import AnswerCancelled, EngineFailure, reply_to
+from jaxserve.server.http.paced_events import Event, paced_events
 from jaxserve.server.http.replies import Usage, usage_of
 from jaxserve.server.http.schema import MAX_CHOICES, AnswerFields, StreamOptions
+from jaxserve.server.http.service import HttpService
 from jaxserve.server.state import Serving
 
 Outputs = AsyncIterator[tuple[int, RequestOutput]]
@@ -90,19 +92,26 @@ def check_stream_options(body: AnswerFields) -> None:
 
 
 async def answer(
-    request: Request, serving: Serving, questions: Questions, body: AnswerFields, form: Form
+    service: HttpService,
+    request: Request,
+    serving: Serving,
+    questions: Questions,
+    body: AnswerFields,
+    form: Form,
 ) -> Response:
     """Starts the requests and answers with what becomes of them.
 
     A client that leaves ends them. Raises InvalidRequest, QueueFull, NotAccepting and, for a
     whole answer, what its requests end with.
     """
+    options = body.stream_options or StreamOptions()
+    pacing = service.pacing.of_request(options.pacing(), lambda field: f"stream_options.{field}")
+    claimed = [service.claim(request, one) for one in questions.requests]
     with ExitStack() as opened:
-        outputs = opened.enter_context(serving.async_engine.open(questions.requests))
+        outputs = opened.enter_context(serving.async_engine.open(claimed))
         if body.stream:
-            options = body.stream_options or StreamOptions()
             events = _events(outputs, questions, form, options, request.state.request_id)
-            return EventStream(events, opened.pop_all())
+            return EventStream(paced_events(events, pacing), opened.pop_all())
         collected = await unless_disconnected(request.receive, _collect(outputs, questions))
     return JSONResponse(form.whole(collected, usage_of(collected, questions.num_choices)))
 
@@ -113,16 +122,7 @@ async def _collect(outputs: Outputs, questions: Questions) -> list[RequestOutput
     async for index, output in outputs:
         _check_end(output)
         parts[index].append(output)
-    return [_joined(outputs) for outputs in parts]
-
-
-def _joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
-    return replace(
-        outputs[-1],
-        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
-        text="".join(output.text for output in outputs),
-        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-    )
+    return [joined(outputs) for outputs in parts]
 
 
 def _check_end(output: RequestOutput) -> None:
@@ -139,15 +139,17 @@ async def _events(
     form: Form,
     options: StreamOptions,
     request_id: str,
-) -> AsyncIterator[bytes]:
+) -> AsyncIterator[Event]:
     """Server-sent events, the last one `[DONE]`; or an error, after which there is none."""
     counter = _UsageCounter(questions)
 
-    def event(choices: Sequence[Mapping[str, Any]], *, tells_usage: bool) -> bytes:
+    def event(
+        choices: Sequence[Mapping[str, Any]], *, tells_usage: bool, num_tokens: int = 0
+    ) -> Event:
         chunk = form.chunk(choices)
         if options.include_usage or options.continuous_usage_stats:
             chunk["usage"] = counter.usage() if tells_usage else None
-        return _event(chunk)
+        return Event(_event(chunk), num_tokens)
 
     continuous = bool(options.continuous_usage_stats)
     try:
@@ -158,13 +160,14 @@ async def _events(
             counter.count(index, output)
             choice_or_none = form.delta(index, output)
             if choice_or_none is not None:
-                yield event([choice_or_none], tells_usage=continuous)
+                num_tokens = len(output.token_ids)
+                yield event([choice_or_none], tells_usage=continuous, num_tokens=num_tokens)
         if options.include_usage:
             yield event([], tells_usage=True)
     except Exception as error:  # The status is sent: the stream has to say it.
-        yield _event(reply_to(error, request_id).body)
+        yield Event(_event(reply_to(error, request_id).body))
         return
-    yield b"data: [DONE]\n\n"
+    yield Event(b"data: [DONE]\n\n")
 
 
 def _event(value: Mapping[str, Any]) -> bytes:

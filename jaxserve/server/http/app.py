@@ -12,6 +12,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.engine.failure_log import log_failure
+from jaxserve.errors import JaxserveError, Unauthenticated
+from jaxserve.server.access.policy import Access
 from jaxserve.server.http.endpoints import ENDPOINTS
 from jaxserve.server.http.errors import HttpRefusal, reply_to
 from jaxserve.server.http.openapi import openapi
@@ -31,37 +33,56 @@ def make_app(service: HttpService, *, max_head_bytes: int, hosts: frozenset[str]
         Route(
             endpoint.path.replace("{model}", "{model:path}"),
             service.answering(
-                partial(endpoint.handler, service), counts_refusals=endpoint.asks_engine
+                partial(endpoint.handler, service),
+                access=endpoint.access,
+                counts_refusals=endpoint.asks_engine,
             ),
             methods=[endpoint.method],
         )
         for endpoint in ENDPOINTS
     ]
-    described = service.answering(partial(openapi, service))
+    described = service.answering(partial(openapi, service), access=Access.ANY_KEY)
     routes.append(Route("/openapi.json", described, methods=["GET"]))
     app = Starlette(routes=routes, exception_handlers={404: _nowhere, 405: _nowhere})
     app.router.redirect_slashes = False
-    return _Gate(app, max_head_bytes, hosts)
+    return _Gate(app, service, max_head_bytes, hosts)
 
 
 def _nowhere(_: Request, error: Exception) -> Response:
     return reply_to(error, "-").response("-")
 
 
+_OPEN_PATHS = frozenset(one.path for one in ENDPOINTS if one.access is Access.OPEN)
+
+
 class _Gate:
-    """Refuses requests by their head alone.
+    """Refuses requests by their head alone. Without a key nothing but the open paths is reached,
+    whatever the router knows.
 
     A page of another site cannot read replies, but it can make its own name lead to this
     machine. Its requests then carry that name in Host.
     """
 
-    def __init__(self, app: ASGIApp, max_head_bytes: int, hosts: frozenset[str] | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: HttpService,
+        max_head_bytes: int,
+        hosts: frozenset[str] | None,
+    ) -> None:
         self._app = app
+        self._service = service
         self._max_head_bytes = max_head_bytes
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope)
+        refusal: JaxserveError | None = self._refusal(scope)
+        if refusal is None and scope["path"] not in _OPEN_PATHS:
+            try:
+                self._service.tenant(scope, Access.ANY_KEY)
+            except Unauthenticated as error:
+                self._service.state.note_refusal(error)
+                refusal = error
         if refusal is not None:
             await reply_to(refusal, "-").response("-")(scope, receive, send)
             return

@@ -58,7 +58,7 @@ async def chat(service: HttpService, request: Request) -> Response:
             tells_token_ids=bool(body.return_token_ids),
             token_bytes=TokenBytes(serving.tokenizer) if body.logprobs else None,
         )
-        return await answer(request, serving, questions, body, form)
+        return await answer(service, request, serving, questions, body, form)
     except InvalidRequest as error:
         raise in_client_words(error, _names(body)) from error
 

@@ -49,7 +49,7 @@ async def complete(service: HttpService, request: Request) -> Response:
             tells_token_ids=bool(body.return_token_ids),
             token_bytes=None if body.logprobs is None else TokenBytes(serving.tokenizer),
         )
-        return await answer(request, serving, questions, body, form)
+        return await answer(service, request, serving, questions, body, form)
     except InvalidRequest as error:
         raise in_client_words(error, _NAMES) from error
 

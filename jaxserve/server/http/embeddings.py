@@ -34,7 +34,9 @@ async def embed(service: HttpService, request: Request) -> Response:
     at_most("input", len(prompts), serving.limits.max_texts, "texts")
     texts = await _encode(service, serving, prompts, truncate=bool(body.truncate))
     requests = [
-        GenerationRequest(f"{request.state.request_id}-{index}", text.token_ids)
+        service.claim(
+            request, GenerationRequest(f"{request.state.request_id}-{index}", text.token_ids)
+        )
         for index, text in enumerate(texts)
     ]
     outputs = await unless_disconnected(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jaxserve.server.access.policy import Access
 from jaxserve.server.http import chat, completions, embeddings, information, replies, tokenization
 from jaxserve.server.http.schema import (
     Body,
@@ -34,6 +35,8 @@ class Endpoint:
     body: type[Body] | None = None
     chunk: Any = None
     """Of a stream, where there is one."""
+    access: Access = field(kw_only=True)
+    """Who may ask, on a server with API keys."""
     asks_engine: bool = False
     """Its refusals are counted as those of requests for text or embeddings."""
 
@@ -47,6 +50,7 @@ ENDPOINTS = (
         replies.ChatCompletion,
         ChatRequest,
         replies.ChatChunk,
+        access=Access.INFERENCE,
         asks_engine=True,
     ),
     Endpoint(
@@ -57,6 +61,7 @@ ENDPOINTS = (
         replies.Completion,
         CompletionRequest,
         replies.Completion,
+        access=Access.INFERENCE,
         asks_engine=True,
     ),
     Endpoint(
@@ -66,10 +71,25 @@ ENDPOINTS = (
         embeddings.embed,
         replies.Embeddings,
         EmbeddingRequest,
+        access=Access.INFERENCE,
         asks_engine=True,
     ),
-    Endpoint("GET", "/v1/models", "The model", information.list_models, replies.Models),
-    Endpoint("GET", "/v1/models/{model}", "The model", information.get_model, replies.Model),
+    Endpoint(
+        "GET",
+        "/v1/models",
+        "The model",
+        information.list_models,
+        replies.Models,
+        access=Access.ANY_KEY,
+    ),
+    Endpoint(
+        "GET",
+        "/v1/models/{model}",
+        "The model",
+        information.get_model,
+        replies.Model,
+        access=Access.ANY_KEY,
+    ),
     Endpoint(
         "POST",
         "/tokenize",
@@ -77,6 +97,7 @@ ENDPOINTS = (
         tokenization.tokenize,
         replies.Tokens,
         TokenizeRequest,
+        access=Access.INFERENCE,
     ),
     Endpoint(
         "POST",
@@ -85,9 +106,38 @@ ENDPOINTS = (
         tokenization.detokenize,
         replies.Text,
         DetokenizeRequest,
+        access=Access.INFERENCE,
     ),
-    Endpoint("GET", "/version", "The server's version", information.version, replies.Version),
-    Endpoint("GET", "/health", "200 unless the engine is stuck", information.health, TEXT),
-    Endpoint("GET", "/health/ready", "200 if requests are served", information.ready, TEXT),
-    Endpoint("GET", "/metrics", "Figures for Prometheus", information.metrics, TEXT),
+    Endpoint(
+        "GET",
+        "/version",
+        "The server's version",
+        information.version,
+        replies.Version,
+        access=Access.ANY_KEY,
+    ),
+    Endpoint(
+        "GET",
+        "/health",
+        "200 unless the engine is stuck",
+        information.health,
+        TEXT,
+        access=Access.OPEN,
+    ),
+    Endpoint(
+        "GET",
+        "/health/ready",
+        "200 if requests are served",
+        information.ready,
+        TEXT,
+        access=Access.OPEN,
+    ),
+    Endpoint(
+        "GET",
+        "/metrics",
+        "Figures for Prometheus",
+        information.metrics,
+        TEXT,
+        access=Access.METRICS,
+    ),
 )

@@ -7,6 +7,7 @@ it, or a constant text with the request's id; never another exception's text.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from starlette.responses import JSONResponse, Response
 from jaxserve.engine.failure_log import log_failure
 from jaxserve.errors import (
     EngineLost,
+    Forbidden,
     InvalidRequest,
     JaxserveError,
     NotAccepting,
     NotSupported,
+    OverLimit,
     QueueFull,
     StreamTooSlow,
+    Unauthenticated,
 )
 from jaxserve.server.metadata import REQUEST_ID_KEY
 
@@ -59,6 +63,7 @@ class ErrorReply:
     code: str
     message: str
     param: str | None = None
+    retry_after_s: float = RETRY_AFTER_S
 
     @property
     def body(self) -> dict[str, Any]:
@@ -74,7 +79,9 @@ class ErrorReply:
     def response(self, request_id: str) -> Response:
         headers = {REQUEST_ID_KEY: request_id}
         if self.status in (429, 503):
-            headers["retry-after"] = str(RETRY_AFTER_S)
+            headers["retry-after"] = str(math.ceil(self.retry_after_s))
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
         return JSONResponse(self.body, self.status, headers)
 
 
@@ -88,7 +95,13 @@ def reply_to(error: Exception, request_id: str) -> ErrorReply:
     if isinstance(error, NotSupported):
         return ErrorReply(400, "invalid_request_error", "unsupported_model", message, "model")
     if isinstance(error, QueueFull):
-        return ErrorReply(429, "rate_limit_error", "queue_full", message)
+        code = "rate_limit_exceeded" if isinstance(error, OverLimit) else "queue_full"
+        wait_s = error.retry_after_s
+        return ErrorReply(429, "rate_limit_error", code, message, retry_after_s=wait_s)
+    if isinstance(error, Unauthenticated):
+        return ErrorReply(401, "invalid_request_error", "invalid_api_key", message)
+    if isinstance(error, Forbidden):
+        return ErrorReply(403, "invalid_request_error", "forbidden", message)
     if isinstance(error, StreamTooSlow):
         return ErrorReply(429, "rate_limit_error", "stream_too_slow", message)
     if isinstance(error, EngineLost):

@@ -12,12 +12,14 @@ from email.utils import formatdate
 import uvicorn
 from uvicorn.server import ServerState as Connections
 
+from jaxserve.server.access.door import Door
 from jaxserve.server.config import LOOPBACK_HOSTS, ServerConfig
 from jaxserve.server.http.app import make_app
 from jaxserve.server.http.connection import KEEP_ALIVE_S, BoundedConnection
 from jaxserve.server.http.service import HttpService
 from jaxserve.server.ports import listen_error
 from jaxserve.server.state import ServerState
+from jaxserve.server.tls import TlsKeeper
 
 BACKLOG = 1024
 
@@ -28,9 +30,24 @@ class HttpServer:
     uvicorn's own Server is not used: it takes the process's signals.
     """
 
-    def __init__(self, config: ServerConfig, state: ServerState, workers: Executor) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        state: ServerState,
+        workers: Executor,
+        door: Door,
+        tls: TlsKeeper | None = None,
+    ) -> None:
         """Takes the port. Raises ConfigError when it cannot be had."""
-        service = HttpService(state, workers, config.max_message_bytes, config.http_body_timeout_s)
+        service = HttpService(
+            state,
+            workers,
+            config.max_message_bytes,
+            config.http_body_timeout_s,
+            door,
+            config.pacing,
+        )
+        self._tls = tls
         app = make_app(
             service, max_head_bytes=config.max_metadata_bytes, hosts=_allowed_hosts(config)
         )
@@ -67,6 +84,8 @@ class HttpServer:
             self._connection,
             sock=self._socket,
             backlog=BACKLOG,
+            ssl=None if self._tls is None else self._tls.context,
+            ssl_handshake_timeout=None if self._tls is None else self._config.http_head_timeout_s,
         )
 
     async def stop(self, grace_s: float = 0.0) -> None:

@@ -14,6 +14,7 @@ from jaxserve.server.http.errors import HttpRefusal
 from jaxserve.server.http.replies import Model, Models, Version
 from jaxserve.server.http.service import HttpService
 from jaxserve.server.state import Phase, Serving
+from jaxserve.server.tenant_collector import TenantCollector
 
 
 async def list_models(service: HttpService, _: Request) -> Response:
@@ -63,4 +64,5 @@ async def ready(service: HttpService, _: Request) -> Response:
 async def metrics(service: HttpService, _: Request) -> Response:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(EngineCollector(service.state))
+    registry.register(TenantCollector(service.door))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -18,12 +18,13 @@ _REFERENCE = "#/components/schemas/{model}"
 _JSON = "application/json"
 _STATUSES = {
     "400": "A field is wrong: `param` names it",
-    "403": "The Host header names another server",
+    "401": "The API key is missing or not known",
+    "403": "The Host header names another server, or the API key is not good for this",
     "404": "There is no such path or model",
     "408": "The body came too slowly",
     "413": "The body is too large",
     "415": "The body is not application/json",
-    "429": "The queue is full: try again after Retry-After",
+    "429": "The queue is full, or a limit of the key is reached: try again after Retry-After",
     "431": "The headers are too large",
     "500": "The server failed",
     "503": "The server starts, drains or is stuck",

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jaxserve.server.pacing import Pacing
+
 MAX_CHOICES = 128
 """Prompts of one request times `n`."""
 MAX_N = 16
@@ -74,7 +76,19 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
     """Every chunk tells the usage so far."""
     include_obfuscation: Literal[False] | None = None
-    """Chunks are not padded."""
+    """Chunks are padded by `pad_bytes`, not by a field."""
+    flush_ms: int | None = None
+    """[1, 10000]: at least so long between two writes."""
+    flush_tokens: int | None = None
+    """[1, 256]: at least so many tokens in a write."""
+    pad_bytes: int | None = None
+    """[64, 16384]: a write is padded by a comment to a multiple of this."""
+    strict: bool | None = None
+    """A write of `pad_bytes` every `flush_ms`, with or without tokens."""
+
+    def pacing(self) -> Pacing:
+        """What these ask for."""
+        return Pacing(self.flush_ms, self.flush_tokens, self.pad_bytes, bool(self.strict))
 
 
 class AnswerFields(ModelField, SamplingFields):

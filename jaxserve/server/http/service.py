@@ -10,12 +10,19 @@ from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.engine.request import GenerationRequest
+from jaxserve.errors import Forbidden, InvalidRequest
+from jaxserve.server.access.door import Door
+from jaxserve.server.access.key_ring import AUTHORIZATION_KEY
+from jaxserve.server.access.policy import Access
+from jaxserve.server.access.tenant import Tenant
 from jaxserve.server.http.body import read_body
 from jaxserve.server.http.errors import HttpRefusal, reply_to
 from jaxserve.server.http.schema import Body, ModelField
 from jaxserve.server.metadata import REQUEST_ID_KEY
+from jaxserve.server.pacing import IMMEDIATE, Pacing
 from jaxserve.server.prompt_limits import check_request_id
 from jaxserve.server.state import ServerState, Serving
 
@@ -31,6 +38,9 @@ class HttpService:
     """Tokenise text and parse large bodies."""
     max_body_bytes: int
     body_timeout_s: float
+    door: Door
+    pacing: Pacing = IMMEDIATE
+    """Of all streams; a request can only ask for a coarser one."""
 
     async def read(self, request: Request, body_class: type[_B]) -> _B:
         """The checked body. Raises InvalidRequest naming the field."""
@@ -42,6 +52,17 @@ class HttpService:
             workers=self.workers,
         )
 
+    def tenant(self, scope: Scope, access: Access) -> Tenant:
+        """Who asks. Raises Unauthenticated or Forbidden."""
+        name = AUTHORIZATION_KEY.encode()
+        found = next((value for key, value in scope["headers"] if key == name), None)
+        header = None if found is None else found.decode("latin-1")
+        return self.door.ring.authorize(access, header)
+
+    def claim(self, request: Request, generation: GenerationRequest) -> GenerationRequest:
+        """What an HTTP request asks of the engine, as its tenant's."""
+        return self.door.claims.claim(request.state.tenant, generation)
+
     def accepting(self, body: ModelField) -> Serving:
         """Raises NotAccepting, or HttpRefusal if the body names another model."""
         return _check_model(body, self.state.require_accepting())
@@ -50,10 +71,14 @@ class HttpService:
         """The same, also while the server drains."""
         return _check_model(body, self.state.require_serving())
 
-    def answering(self, handler: Handler, *, counts_refusals: bool = False) -> Handler:
-        """The handler, whose errors become replies and whose replies carry the request's id.
+    def answering(
+        self, handler: Handler, *, access: Access, counts_refusals: bool = False
+    ) -> Handler:
+        """The handler, whose errors become replies and whose replies carry the request's id. It
+        finds who asks in `request.state.tenant`.
 
         Args:
+            access: who may ask.
             counts_refusals: the handler asks for text or embeddings.
         """
 
@@ -62,11 +87,12 @@ class HttpService:
             try:
                 request_id = _request_id(request)
                 request.state.request_id = request_id
+                request.state.tenant = self.tenant(request.scope, access)
                 response = await handler(request)
                 response.headers[REQUEST_ID_KEY] = request_id
                 return response
             except Exception as error:
-                if counts_refusals:
+                if counts_refusals or isinstance(error, Forbidden):
                     self.state.note_refusal(error)
                 return reply_to(error, request_id).response(request_id)
 

@@ -27,7 +27,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what serving needs to know around it.
 
     Encoding behaves as in Hugging Face: special tokens spelled out in the text
-    become their ids; but not those in a chat's messages. Thread-safe.
+    become their ids. Thread-safe.
 
     Args:
         backend: the tokenizer proper; its truncation and padding are taken off.
@@ -142,12 +142,15 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         now: datetime | None = None,
+        as_text: bool = False,
     ) -> list[int]:
         """Token ids of `render_chat`. The template writes its own BOS, so none is added.
 
-        Control tokens that a message spells out stay text: only the template's own count.
+        Args:
+            as_text: control tokens that a message spells out stay text, for messages of people
+                who are not trusted: only the template's own count.
         """
-        inert = InertMessages(messages, self._control_tokens)
+        inert = InertMessages(messages, self._control_tokens if as_text else ())
         text = self.render_chat(
             inert.messages, add_generation_prompt=add_generation_prompt, now=now
         )

@@ -10,8 +10,6 @@ import typer
 from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from jaxserve.server.tls import TlsFiles
 
 _ACCESS = "Access"
@@ -103,15 +101,13 @@ def tls_files(
     return TlsFiles(certificate, key, client_ca)
 
 
-def prepare_process(console: Console, *, hardens: bool) -> None:
+def prepare_process(*, hardens: bool) -> list[str]:
     """Checks the packages that clients' bytes reach, and gives up rights that serving needs not.
 
-    Raises ConfigError for a package that is too old.
+    Returns what is not as it should be. Raises ConfigError for a package that is too old.
     """
     from jaxserve.server.floors import check_floors
     from jaxserve.server.hardening import harden
 
     check_floors()
-    if hardens:
-        for problem in harden().problems():
-            console.print(f"warning: {problem}")
+    return harden().problems() if hardens else []

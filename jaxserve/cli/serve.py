@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -205,12 +206,12 @@ def serve(
         processes, coordinator, process_id, num_processes, group_token_file, follower_timeout_s
     )
     group = options.config()
+    problems = prepare_process(hardens=not no_hardening)
     if group is not None and watch is not None:
         raise ConfigError("--watch does not work with several processes yet: leave one out")
     if group is not None and group.process_id != LEADER_ID:
         check_follower_options(group.process_id, engine_config, server_config)
         run_follower(group, engine_config, console)
-    prepare_process(console, hardens=not no_hardening)
     if host not in LOOPBACK_HOSTS and not server_config.asks_who:
         console.print(f"warning: {host} may be reached by others; requests are not authenticated")
     if host not in LOOPBACK_HOSTS and server_config.tls is None:
@@ -218,7 +219,7 @@ def serve(
 
     def run(seat: LeaderSeat | None) -> int:
         drained = asyncio.run(
-            _serve(engine_config, server_config, console, watch, watch_interval_s, seat)
+            _serve(engine_config, server_config, console, watch, watch_interval_s, seat, problems)
         )
         if not drained:
             console.print(f"some requests were cut short after {drain_timeout_s:g} s")
@@ -246,6 +247,7 @@ async def _serve(
     watch: Path | None,
     watch_interval_s: float,
     seat: LeaderSeat | None,
+    problems: Sequence[str],
 ) -> bool:
     from jaxserve.cli.pull import pull_with_progress
     from jaxserve.model_catalog import CATALOG
@@ -281,6 +283,8 @@ async def _serve(
         from jaxserve.engine.startup import RunningEngine
 
         print_report(console, running.report)
+        for problem in problems:
+            console.print(f"warning: {problem}")
         host = server_config.host
         typer.echo(f"READY grpc={host}:{server.grpc_port} http={host}:{server.http_port}")
         sys.stdout.flush()

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     from jaxserve.engine.group.leader import Leader
     from jaxserve.engine.group.liveness import Loss
 
-_FLAGS = {"allowed_hosts": "allowed_host", "prefix_caching": "no_prefix_caching"}
+_FLAGS = {
+    "allowed_hosts": "allowed_host",
+    "pacing": "flush-ms, --flush-tokens, --pad-bytes or --strict-pacing",
+    "prefix_caching": "no_prefix_caching",
+    "tls": "tls_certificate",
+}
 """Fields of configs whose flags have other names."""
 
 

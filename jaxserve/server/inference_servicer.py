@@ -52,7 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = await self._accept(request, serving, request_id, context)
             generation = self._door.claims.claim(tenant, generation)
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-            await self._stream(generation, pacing, serving, context)
+            await self._stream(generation, request_id, pacing, serving, context)
         except InvalidRequest as error:
             self._state.note_refusal(error)
             await end_with_status(context, _in_client_words(error, request))
@@ -156,12 +156,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return None if remaining_s is None else self._state.clock() + remaining_s
 
     async def _stream(
-        self, generation: GenerationRequest, pacing: Pacing, serving: Serving, context: Context
+        self,
+        generation: GenerationRequest,
+        request_id: str,
+        pacing: Pacing,
+        serving: Serving,
+        context: Context,
     ) -> None:
+        """
+        Args:
+            request_id: the client's own.
+        """
         async with aclosing(serving.async_engine.generate(generation)) as outputs:
             if pacing.is_immediate:
                 async for output in outputs:
-                    await _write(output, pacing, generation.request_id, context)
+                    await _write(output, pacing, request_id, context)
                 return
             batches = paced(
                 outputs,
@@ -173,7 +182,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async with aclosing(batches):  # type: ignore[type-var]
                 async for batch in batches:
                     output = joined(batch) if batch else NOTHING
-                    await _write(output, pacing, generation.request_id, context)
+                    await _write(output, pacing, request_id, context)
 
     async def _token_ids(
         self, request: pb.GenerateRequest | pb.TokenizeRequest, serving: Serving
@@ -184,7 +193,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 {"role": message.role, "content": message.content}
                 for message in request.chat.messages
             ]
-            encode = partial(tokenizer.encode_chat, messages)
+            encode = partial(tokenizer.encode_chat, messages, as_text=True)
         else:
             text = request.text
             add = text.add_special_tokens if text.HasField("add_special_tokens") else True

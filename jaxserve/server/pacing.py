@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -128,8 +128,10 @@ async def paced(
     """
     async with _ReadAhead(items, num_tokens) as ahead:
         batches = _ticking(ahead, pacing, fits) if pacing.strict else _holding(ahead, pacing)
-        async for batch in batches:
-            yield batch
+        # Generators, which their type, an iterator, does not say.
+        async with aclosing(batches):  # type: ignore[type-var]
+            async for batch in batches:
+                yield batch
         if ahead.error is not None:
             raise ahead.error
 

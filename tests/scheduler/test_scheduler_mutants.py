@@ -196,6 +196,8 @@ MUTANTS = [
         "prefix_key_without_salt",
         "salt",
         Edit(ADMISSION, "root_key(request.generation.cache_salt)", 'root_key("")'),
+        # The salt is compared on a hit as well, which would save it.
+        Edit(PAGES, "self._salt_of_page[page_id] != salt", "False"),
     ),
     mutant(
         "prefix_key_without_parent",

@@ -53,7 +53,7 @@ def shared():
     service.close()
 
 
-@settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/tokenize"]), body=BODIES)
 def test_any_json_is_answered_or_refused(shared, path, body):
     base = {"/v1/completions": {"prompt": "x"}, "/tokenize": {"prompt": "x"}}.get(

@@ -247,12 +247,11 @@ def test_what_is_read_ahead_is_bounded_and_errors_come_last():
             raise RuntimeError("the end")
 
         batches = paced(source(), Pacing(flush_ms=1), num_tokens=lambda _: 1, fits=lambda _: True)
-        await anext(batches)
+        count = len(await anext(batches))
         for _ in range(200):
             await asyncio.sleep(0)
         # Once in the first batch, and once ahead of the next.
         assert read <= 2 * MAX_AHEAD_TOKENS + 2
-        count = 1
         try:
             async for batch in batches:
                 count += len(batch)

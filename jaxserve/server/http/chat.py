@@ -82,7 +82,8 @@ async def encode_messages(
     serving.limits.check_messages("messages", turns)
 
     def encode() -> list[list[int]]:
-        return [serving.tokenizer.encode_chat([turn._asdict() for turn in turns])]
+        messages = [turn._asdict() for turn in turns]
+        return [serving.tokenizer.encode_chat(messages, as_text=True)]
 
     return (await run_tokenizer("messages", encode, service.workers))[0]
 

@@ -92,6 +92,8 @@ def _tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, 
     merges = [_merge_text(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         values |= _sentencepiece(described, tokens, types)
+    elif not merges:
+        raise FormatError("the tokenizer has no merges, and a GGUF file must hold some")
     else:
         values["model"] = text("gpt2")
         values["pre"] = text(_pre_tokenizer_name(described))

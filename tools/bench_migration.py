@@ -4,15 +4,17 @@ Makes a Llama folder of random float32 weights, converts it in a process of its 
 time and peak memory beside three bounds: `cp -r` of the folder, the same with a sync of what it
 wrote, and the sum of a plain read and a plain write of as many bytes (read to nowhere; written
 from memory and synced, as a conversion syncs its target). Rounds measure all by turns; the medians
-are printed, with the least and the most.
+are printed, with the least and the most. Sources are in the page cache.
 
     .venv/bin/python tools/bench_migration.py --gigabytes 1 --rounds 5
     .venv/bin/python tools/bench_migration.py --gigabytes 4 --largest-gigabytes 1.5 --tied \\
         --memory-budget 700MB --memory-cgroup /sys/fs/cgroup/memory/convert
 
+A conversion is called FROM-TO, or FROM-gguf-TYPE for the type of the matrices.
+
 With `--memory-cgroup`, the kernel holds the process to the budget: the folder is made in a cgroup
 hierarchy (version 1 or 2) that you may write to. `--source` is where the model is kept for the
-next call.
+next call; beside it lies what is made of it as a source of others.
 """
 
 from __future__ import annotations
@@ -35,9 +37,17 @@ import numpy as np
 
 from checkpoint.formats.safetensors_writer import ShardTensor, make_header
 from jaxserve.cli.engine_options import parse_byte_size
+from jaxserve.migration.request import FORMATS
 
 HEAD_DIM = 64
 BLOCK_BYTES = 16 << 20
+CONVERSIONS = (
+    "safetensors-safetensors",
+    "safetensors-orbax",
+    "orbax-safetensors",
+    "safetensors-gguf-F16",
+    "safetensors-gguf-Q8_0",
+)
 LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
 CHILD = """
 import json, sys, time
@@ -58,11 +68,36 @@ print("MEASURED", json.dumps({"code": code, "seconds": seconds, "peak": peak, "i
 
 
 @dataclass(frozen=True)
+class Case:
+    """One conversion that is measured: see the module."""
+
+    source: str
+    to: str
+    quantization: str | None
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """Raises argparse.ArgumentTypeError."""
+        source, _, rest = name.partition("-")
+        to, _, quantization = rest.partition("-")
+        if source not in ("safetensors", "orbax") or to not in FORMATS:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no conversion: give safetensors or orbax, -, and one of "
+                f"{', '.join(FORMATS)}"
+            )
+        return cls(source, to, quantization or None)
+
+    @property
+    def name(self) -> str:
+        """The inverse of `parse`."""
+        return "-".join(filter(None, (self.source, self.to, self.quantization)))
+
+
+@dataclass(frozen=True)
 class Measured:
     """One conversion.
 
     Attributes:
-        to: the target's format.
         seconds: from the command's start to its end, without starting Python.
         process_s: of the whole process, with Python's start and imports.
         peak_bytes: most memory that the process held.
@@ -70,7 +105,6 @@ class Measured:
         num_bytes: of the model.
     """
 
-    to: str
     seconds: float
     process_s: float
     peak_bytes: int
@@ -143,7 +177,9 @@ def measure_conversion(
     to: str,
     num_bytes: int,
     *,
+    quantization: str | None = None,
     memory_budget: str | None = None,
+    read_back: str | None = None,
     cgroup: Path | None = None,
 ) -> Measured:
     """Convert in a process of its own.
@@ -152,6 +188,10 @@ def measure_conversion(
         RuntimeError: the conversion failed; holds what it printed.
     """
     arguments = ["convert", str(source), str(target), "--to", to, "--json"]
+    if quantization is not None:
+        arguments += ["--quantization", quantization]
+    if read_back is not None:
+        arguments += ["--read-back", read_back]
     if memory_budget is not None:
         arguments += ["--memory-budget", memory_budget]
     start = time.perf_counter()
@@ -171,7 +211,7 @@ def measure_conversion(
     if result["code"] != 0:
         raise RuntimeError(f"exit code {result['code']}:\n{process.stdout}{process.stderr}")
     peak, imports = result["peak"], result["imports"]
-    return Measured(to, result["seconds"], process_s, peak, imports, num_bytes)
+    return Measured(result["seconds"], process_s, peak, imports, num_bytes)
 
 
 def make_cgroup(path: Path, limit_bytes: int) -> None:
@@ -201,10 +241,7 @@ def seconds_of_plain_io(file: Path, target: Path) -> tuple[float, float]:
     """Reading a file to nowhere, and writing as many bytes from memory, synced."""
     size = file.stat().st_size
     start = time.perf_counter()
-    with file.open("rb", buffering=0) as source:
-        buffer = bytearray(BLOCK_BYTES)
-        while source.readinto(buffer):
-            pass
+    buffer = read_file(file)
     read_s = time.perf_counter() - start
     start = time.perf_counter()
     with target.open("wb", buffering=0) as sink:
@@ -212,6 +249,22 @@ def seconds_of_plain_io(file: Path, target: Path) -> tuple[float, float]:
             sink.write(buffer[: min(BLOCK_BYTES, size - done)])
         os.fsync(sink.fileno())
     return read_s, time.perf_counter() - start
+
+
+def read_file(file: Path) -> bytearray:
+    """Read it to nowhere; returns the last block."""
+    buffer = bytearray(BLOCK_BYTES)
+    with file.open("rb", buffering=0) as source:
+        while source.readinto(buffer):
+            pass
+    return buffer
+
+
+def read_all(folder: Path) -> None:
+    """So that it is in the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            read_file(path)
 
 
 def _sync(path: Path) -> None:
@@ -226,8 +279,10 @@ def main() -> None:
     parser.add_argument("--largest-gigabytes", type=float, default=0.1, help="of one tensor")
     parser.add_argument("--tied", action="store_true", help="the head is the embedding")
     parser.add_argument("--source", type=Path, help="the model: made if missing, and kept")
-    parser.add_argument("--to", nargs="+", default=["safetensors", "gguf", "orbax"])
+    cases = [Case.parse(name) for name in CONVERSIONS]
+    parser.add_argument("--conversions", nargs="+", type=Case.parse, default=cases)
     parser.add_argument("--memory-budget", help="as of the command")
+    parser.add_argument("--read-back", help="as of the command")
     parser.add_argument("--memory-cgroup", type=Path, help="made with the budget as its limit")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where files are made; else the temporary one")
@@ -246,37 +301,42 @@ def main() -> None:
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All measurements, bounds and conversions by turns."""
-    source = args.source or folder / "source"
-    if not source.exists():
+    kept = args.source or folder / "source"
+    if not kept.exists():
         largest = int(args.largest_gigabytes * 1e9)
-        write_synthetic(source, int(args.gigabytes * 1e9), largest, is_tied=args.tied)
-    num_bytes = (source / "model.safetensors").stat().st_size
+        write_synthetic(kept, int(args.gigabytes * 1e9), largest, is_tied=args.tied)
+    num_bytes = (kept / "model.safetensors").stat().st_size
+    sources = {"safetensors": kept, "orbax": kept.with_name(f"{kept.name}-orbax")}
+    if any(case.source == "orbax" for case in args.conversions) and not sources["orbax"].exists():
+        measure_conversion(kept, sources["orbax"], "orbax", num_bytes)
     rounds = []
     for _ in range(args.rounds):
-        copy_s = seconds_of_copy(source, folder / "copy", is_synced=False)
-        synced_s = seconds_of_copy(source, folder / "copy", is_synced=True)
-        read_s, write_s = seconds_of_plain_io(source / "model.safetensors", folder / "plain")
-        (folder / "plain").unlink()
-        entry: dict[str, Any] = {
-            "copy_s": copy_s,
-            "synced_copy_s": synced_s,
-            "plain_s": read_s + write_s,
-        }
-        for to in args.to:
-            target = folder / ("made.gguf" if to == "gguf" else "made")
+        entry = measure_bounds(kept, folder)
+        for case in args.conversions:
+            target = folder / ("made.gguf" if case.to == "gguf" else "made")
+            read_all(sources[case.source])
             measured = measure_conversion(
-                source,
-                target,
-                to,
-                num_bytes,
+                *(sources[case.source], target, case.to, num_bytes),
+                quantization=case.quantization,
                 memory_budget=args.memory_budget,
+                read_back=args.read_back,
                 cgroup=args.memory_cgroup,
             )
-            entry[to] = asdict(measured)
+            entry[case.name] = asdict(measured)
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         rounds.append(entry)
         print(text_of({"num_bytes": num_bytes, "rounds": [entry]}), file=sys.stderr, flush=True)
     return {"num_bytes": num_bytes, "rounds": rounds}
+
+
+def measure_bounds(source: Path, folder: Path) -> dict[str, Any]:
+    """Seconds of `cp`, `cp` and a sync, and of plain input and output."""
+    read_all(source)
+    copy_s = seconds_of_copy(source, folder / "copy", is_synced=False)
+    synced_s = seconds_of_copy(source, folder / "copy", is_synced=True)
+    read_s, write_s = seconds_of_plain_io(source / "model.safetensors", folder / "plain")
+    (folder / "plain").unlink()
+    return {"copy_s": copy_s, "synced_copy_s": synced_s, "plain_s": read_s + write_s}
 
 
 def text_of(report: dict[str, Any]) -> str:
@@ -290,20 +350,26 @@ def text_of(report: dict[str, Any]) -> str:
         f"cp {_spread(bounds['copy_s'])}; cp and sync {_spread(bounds['synced_copy_s'])}",
         f"plain read + plain write {_spread(bounds['plain_s'])}",
     ]
-    for to in (name for name, found in rounds[0].items() if isinstance(found, dict)):
-        found = [entry[to] for entry in rounds]
+    for name in (name for name, found in rounds[0].items() if isinstance(found, dict)):
+        found = [entry[name] for entry in rounds]
         seconds = [one["seconds"] for one in found]
         middle = median(seconds)
         lines.append(
-            f"  to {to:<12} {_spread(seconds)}, {size / 1e6 / middle:.0f} MB/s, "
+            f"  {name:<24} {_spread(seconds)}, {size / 1e6 / middle:.0f} MB/s, "
             f"{100 * median(bounds['plain_s']) / middle:.0f} % of read + write, "
-            f"{middle / median(bounds['copy_s']):.2f} x cp, "
-            f"{middle / median(bounds['synced_copy_s']):.2f} x cp and sync; whole process "
+            f"{_ratios(seconds, bounds['copy_s'])} x cp, "
+            f"{_ratios(seconds, bounds['synced_copy_s'])} x cp and sync; whole process "
             f"{_spread([one['process_s'] for one in found])}; peak "
             f"{max(one['peak_bytes'] for one in found) / 1e6:.0f} MB, imports "
             f"{max(one['imports_bytes'] for one in found) / 1e6:.0f} MB"
         )
     return "\n".join(lines)
+
+
+def _ratios(seconds: list[float], bound: list[float]) -> str:
+    """Of each round: what disturbs the disk disturbs both."""
+    ratios = [one / other for one, other in zip(seconds, bound, strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _spread(seconds: list[float]) -> str:

@@ -9,17 +9,23 @@ two tokens' logits: engines round differently, so near-ties may fall either way.
 rounds what a Q8_0 matrix is multiplied with to 8 bits; the same weights written as F32 show what
 is left without that.
 
+With `--tiny`, the goldens' tiny random models of all families go to GGUF files in F32 instead, each
+with a tokenizer of bytes, and llama.cpp continues random prompts.
+
     python3 -m venv build/goldens && build/goldens/bin/pip install -r requirements/goldens.in
     .venv/bin/python tools/compare_exports.py --peer-python build/goldens/bin/python
     .venv/bin/python tools/compare_exports.py --peer-python build/goldens/bin/python \\
         --model gemma-3-270m
+    .venv/bin/python tools/compare_exports.py --peer-python build/goldens/bin/python --tiny
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,20 +34,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 from jaxserve import model_store
 from jaxserve.engine.config import EngineConfig
 from models.loading import open_model
 from models.ops.attention.dense import dense_attend
+from models.tokenizer import Tokenizer
+from models.tokenizer_files import save_tokenizer
 
 GOLDENS = {
     "smollm2-135m-instruct": Path("tests/goldens/smollm2_greedy.json"),
     "gemma-3-270m": Path("tests/goldens/gemma3_greedy.json"),
 }
 """Prompts of the models that can be compared."""
+TINY = Path("tests/goldens/tiny")
+TINY_PROMPTS, TINY_PROMPT_TOKENS, TINY_TOKENS = 4, 12, 32
 F32 = ("--quantization", "F32")
-SIZES = (128, 896)
-"""Padded lengths, so that two programs serve all prompts."""
+SIZES = (64, 128, 896)
+"""Padded lengths, so that few programs serve all prompts."""
 
 
 @dataclass(frozen=True)
@@ -103,42 +116,106 @@ def compare(engine: str, export: Path, prompts: list[dict[str, Any]], made: Any)
     return Comparison(engine, export.name, num_tokens, tuple(differing))
 
 
+def ask(peer_python: Path, engine: str, export: Path, asked: dict[str, Any]) -> Any:
+    """The engine's greedy tokens for each prompt.
+
+    Raises:
+        EngineFailed: it could not load or run the export; holds what it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="compare-exports-ask-") as scratch:
+        prompts, tokens = Path(scratch) / "prompts.json", Path(scratch) / "tokens.json"
+        prompts.write_text(json.dumps(asked))
+        command = [str(peer_python), "tools/greedy_peer.py", engine, str(export)]
+        done = subprocess.run(
+            [*command, str(prompts), str(tokens)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise EngineFailed(f"{engine} on {export.name}:\n{done.stdout}{done.stderr}")
+        return json.loads(tokens.read_text())
+
+
+class EngineFailed(Exception):
+    """The other engine did not run an export."""
+
+
+def byte_tokenizer() -> Tokenizer:
+    """255 bytes, a merge and an end of sequence, as many as the models have: llama.cpp loads no
+    file without."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())[:255]
+    merge = (characters[0], characters[1])
+    vocab = {token: index for index, token in enumerate((*characters, "".join(merge)))}
+    backend = Backend(BPE(vocab=vocab, merges=[merge]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<eos>", special=True)])
+    return Tokenizer(backend, eos_token_ids=(len(vocab),))
+
+
+def compare_tiny(peer_python: Path, variants: list[str], folder: Path) -> list[Comparison]:
+    """Tiny models as F32 files in llama.cpp."""
+    random = np.random.default_rng(0)
+    ids = random.integers(256, size=(TINY_PROMPTS, TINY_PROMPT_TOKENS)).tolist()
+    prompts = [{"name": str(index), "prompt_token_ids": ids[index]} for index in range(len(ids))]
+    asked = {"num_tokens": TINY_TOKENS, "prompts": ids}
+    results = []
+    for variant in variants:
+        source = shutil.copytree(TINY / variant, folder / variant)
+        save_tokenizer(byte_tokenizer(), source)
+        export = folder / f"{variant}.gguf"
+        try:
+            convert(source, export, "--to", "gguf", *F32)
+        except subprocess.CalledProcessError:
+            print(f"{variant}: jaxserve refuses it, see above", file=sys.stderr)
+            continue
+        try:
+            made = ask(peer_python, "llamacpp", export, asked)
+        except EngineFailed as error:
+            print(error, file=sys.stderr)
+            continue
+        results.append(compare("llamacpp", export, prompts, made))
+    return results
+
+
+def compare_model(peer_python: Path, name: str, num_prompts: int, folder: Path) -> list[Comparison]:
+    """A real model's exports in both engines."""
+    goldens = json.loads(GOLDENS[name].read_text())
+    prompts = goldens["prompts"][:num_prompts]
+    asked = {
+        "num_tokens": goldens["num_output_tokens"],
+        "prompts": [prompt["prompt_token_ids"] for prompt in prompts],
+    }
+    ours = folder / "ours"
+    convert(model_store.resolve(name), ours, "--to", "orbax")
+    convert(ours, folder / "hf", "--to", "safetensors")
+    convert(ours, folder / "f16.gguf", "--to", "gguf", "--quantization", "F16")
+    convert(ours, folder / "q8_0.gguf", "--to", "gguf", "--quantization", "Q8_0")
+    # The very weights of the Q8_0 file, in a form that llama.cpp does not round inputs for.
+    convert(folder / "q8_0.gguf", folder / "q8_0_as_f32.gguf", "--to", "gguf", *F32)
+    engines = {"hf": "transformers"}
+    return [
+        compare(engine, folder / export, prompts, ask(peer_python, engine, folder / export, asked))
+        for export in ("hf", "f16.gguf", "q8_0.gguf", "q8_0_as_f32.gguf")
+        for engine in (engines.get(export, "llamacpp"),)
+    ]
+
+
 def main() -> None:
     """Convert, ask the engines, compare, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=EngineConfig().model, choices=sorted(GOLDENS))
     parser.add_argument("--peer-python", type=Path, required=True, help="of the engines' venv")
     parser.add_argument("--num-prompts", type=int, default=15)
+    variants = sorted(path.name for path in TINY.iterdir() if path.is_dir())
+    parser.add_argument(
+        "--tiny", nargs="*", metavar="VARIANT", help="tiny models instead, all or those named"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    goldens = json.loads(GOLDENS[args.model].read_text())
-    prompts = goldens["prompts"][: args.num_prompts]
-    asked = {
-        "num_tokens": goldens["num_output_tokens"],
-        "prompts": [prompt["prompt_token_ids"] for prompt in prompts],
-    }
-    model = model_store.resolve(args.model)
     with tempfile.TemporaryDirectory(prefix="compare-exports-") as scratch:
-        folder = Path(scratch)
-        (folder / "prompts.json").write_text(json.dumps(asked))
-        convert(model, folder / "ours", "--to", "orbax")
-        convert(folder / "ours", folder / "hf", "--to", "safetensors")
-        convert(folder / "ours", folder / "f16.gguf", "--to", "gguf", "--quantization", "F16")
-        convert(folder / "ours", folder / "q8_0.gguf", "--to", "gguf", "--quantization", "Q8_0")
-        # The very weights of the Q8_0 file, in a form that llama.cpp does not round inputs for.
-        convert(folder / "q8_0.gguf", folder / "q8_0_as_f32.gguf", "--to", "gguf", *F32)
-        results = []
-        for engine, name in (
-            ("transformers", "hf"),
-            ("llamacpp", "f16.gguf"),
-            ("llamacpp", "q8_0.gguf"),
-            ("llamacpp", "q8_0_as_f32.gguf"),
-        ):
-            peer = [str(args.peer_python), "tools/greedy_peer.py", engine, str(folder / name)]
-            files = [str(folder / "prompts.json"), str(folder / "tokens.json")]
-            subprocess.run([*peer, *files], check=True, stdout=subprocess.DEVNULL)
-            made = json.loads((folder / "tokens.json").read_text())
-            results.append(compare(engine, folder / name, prompts, made))
+        if args.tiny is None:
+            results = compare_model(args.peer_python, args.model, args.num_prompts, Path(scratch))
+        else:
+            results = compare_tiny(args.peer_python, args.tiny or variants, Path(scratch))
     if args.json:
         print(json.dumps([asdict(result) for result in results], indent=2))
         return

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint.formats.gguf_blocks import encode_rows
+from checkpoint.formats.gguf_blocks import ELEMENTS_AT_A_TIME, encode_rows
 from checkpoint.migrate.errors import MigrationError
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import PlannedPart, Window, block_rows, is_copied, num_rows
@@ -116,6 +117,8 @@ def _cast_into(out: Array, values: Array, name: str) -> None:
         return
     is_narrower = np.issubdtype(dtype, np.floating) or dtype.kind == "V"
     if (is_narrower and dtype.itemsize < values.dtype.itemsize) or dtype == np.float16:
+        if _largest(values) <= float(ml_dtypes.finfo(dtype).max):
+            return
         lost = np.isinf(out.astype(np.float32)) & np.isfinite(values.astype(np.float32))
         if lost.any():
             worst = float(np.abs(values[lost].astype(np.float32)).max())
@@ -126,6 +129,17 @@ def _cast_into(out: Array, values: Array, name: str) -> None:
 
 
 def _finite(values: Array, name: str) -> Array:
-    if not np.isfinite(values.astype(np.float32)).all():
+    if not np.isfinite(_largest(values)):
         raise MigrationError(f"{name} holds NaN or infinity, which cannot be quantised")
     return values
+
+
+def _largest(values: Array) -> float:
+    """The largest magnitude; NaN if one value is."""
+    values = np.atleast_1d(values)
+    step = max(1, ELEMENTS_AT_A_TIME * len(values) // max(1, values.size))
+    largest = np.float32(0)
+    for start in range(0, len(values), step):
+        block = values[start : start + step].astype(np.float32, copy=False)
+        largest = np.maximum(largest, np.maximum(block.max(initial=0), -block.min(initial=0)))
+    return float(largest)

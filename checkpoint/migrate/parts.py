@@ -182,6 +182,7 @@ class StepParts:
 
     def __init__(self, step: OpenStep) -> None:
         self._step = step
+        self._chunk_shapes: dict[str, tuple[int, ...]] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See PartSource."""
@@ -197,13 +198,13 @@ class StepParts:
 
     def rows_at_once(self, name: str, axis: int) -> int:
         """See PartSource."""
-        return 1 if 0 in self.shape(name) else self._step.chunk_shape(name)[axis]
+        return 1 if 0 in self.shape(name) else self._chunk_shape(name)[axis]
 
     def extra_bytes(self, name: str) -> int:
         """See PartSource: a chunk is read as a whole."""
         if 0 in self.shape(name):
             return 0
-        return prod(self._step.chunk_shape(name)) * self.dtype(name).itemsize
+        return prod(self._chunk_shape(name)) * self.dtype(name).itemsize
 
     def read_part(self, name: str, index: tuple[slice, ...]) -> Array:
         """See PartSource. Raises CorruptStep, StoreUnreadable."""
@@ -227,7 +228,7 @@ class StepParts:
         if not shape:
             out[...] = self._step.read_part(name, ())
             return
-        step = max(1, self._step.chunk_shape(name)[axis])
+        step = max(1, self._chunk_shape(name)[axis])
         first, last = ranges[axis]
         begin = first
         while begin < last:
@@ -236,12 +237,17 @@ class StepParts:
             source[axis] = slice(begin, end)
             target = [slice(None)] * len(shape)
             target[axis] = slice(begin - first, end - first)
-            out[tuple(target)] = self._step.read_part(name, tuple(source))
+            self._step.read_into(name, tuple(source), out[tuple(target)])
             begin = end
 
     def close(self) -> None:
         """See PartSource."""
         self._step.close()
+
+    def _chunk_shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._chunk_shapes:
+            self._chunk_shapes[name] = self._step.chunk_shape(name)
+        return self._chunk_shapes[name]
 
 
 def _is_whole(index: tuple[slice, ...], shape: tuple[int, ...]) -> bool:

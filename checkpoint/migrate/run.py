@@ -24,6 +24,7 @@ from checkpoint.migrate.manifest import (
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, max_in_flight
 from checkpoint.migrate.publish import check_free, publish_file, publish_folder, write_beside
+from checkpoint.migrate.read_back import ReadBack
 from checkpoint.migrate.stream import stream
 from checkpoint.migrate.target import FileDigests, FileLayout, FileTarget, StoreTarget
 from checkpoint.migrate.workspace import Workspace, workspace_path
@@ -103,12 +104,14 @@ class Limits:
         memory_bytes: of the whole process; None for windows of the plan's size without limit.
         force: replace what is at the target.
         restart: throw an unfinished migration away.
+        read_back: how much of what is written is read again.
     """
 
     num_workers: int
     memory_bytes: int | None
     force: bool = False
     restart: bool = False
+    read_back: ReadBack = ReadBack.ENDS
 
 
 def migrate(migration: Migration, limits: Limits, progress: OnProgress) -> MigrationManifest:
@@ -139,6 +142,7 @@ def migrate(migration: Migration, limits: Limits, progress: OnProgress) -> Migra
                         *(plan, migration.source, target, journal),
                         num_workers=limits.num_workers,
                         max_in_flight=in_flight,
+                        read_back=limits.read_back,
                         on_window=progress.window,
                     )
                 files = target.finish()

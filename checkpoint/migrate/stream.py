@@ -16,6 +16,7 @@ from checkpoint.migrate.errors import SourceChanged, VerificationFailed, naming
 from checkpoint.migrate.journal import Journal, key_of
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, Window
+from checkpoint.migrate.read_back import ReadBack
 from checkpoint.migrate.target import Piece, Target
 from checkpoint.store.digests import array_hash
 from checkpoint.store.direct_file import bytes_of
@@ -32,9 +33,10 @@ def stream(
     *,
     num_workers: int,
     max_in_flight: int,
+    read_back: ReadBack,
     on_window: OnWindow,
 ) -> dict[str, str]:
-    """Write every window that is not there yet, and read back the ends of each that is written.
+    """Write every window that is not there yet, and read it back.
 
     Windows that the journal has are computed again, and must come to the same.
 
@@ -68,7 +70,7 @@ def stream(
         for pieces in _computed(readers, plan.batches(source), source, target, max_in_flight):
             batch = [prefixes.take(piece) for piece in pieces]  # While the one before is written.
             settle()
-            writing = writer.submit(_write, target, batch)
+            writing = writer.submit(_write, target, batch, read_back)
         settle()
     return prefixes.digests
 
@@ -120,15 +122,14 @@ class _Prefixes:
         return _Hashed(piece, prefix, known is not None)
 
 
-def _write(target: Target, batch: list[_Hashed]) -> _Written:
+def _write(target: Target, batch: list[_Hashed], read_back: ReadBack) -> _Written:
     # A journalled window may be lost all the same: a power failure can do that.
     known = [hashed.piece for hashed in batch if hashed.is_known]
     there = iter(target.holds(known))
     is_new = [not hashed.is_known or not next(there) for hashed in batch]
     new = [hashed.piece for hashed, is_wanted in zip(batch, is_new, strict=True) if is_wanted]
     target.write(new)
-    # Whether the bytes arrived where they belong; `verify` reads every one of them.
-    for (window, _), is_there in zip(new, target.holds(new, ends_only=True), strict=True):
+    for (window, _), is_there in zip(new, target.holds(new, read_back), strict=True):
         if not is_there:
             raise VerificationFailed(
                 f"{window.array.name}, read back from the target, is not what was written; is "

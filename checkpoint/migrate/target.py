@@ -15,6 +15,7 @@ from blake3 import blake3
 from checkpoint.migrate.errors import naming
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import Plan, Window
+from checkpoint.migrate.read_back import ReadBack
 from checkpoint.store.array_files import ArrayFiles, Chunk
 from checkpoint.store.direct_file import Bytes, DirectFile, buffer_at, bytes_of
 from checkpoint.store.layout import ARRAYS
@@ -24,10 +25,6 @@ Piece: TypeAlias = tuple[Window, Array]
 """A window and its values."""
 FileDigests: TypeAlias = dict[str, tuple[int, str]]
 """Size in bytes and BLAKE3, by path relative to the target's folder."""
-
-
-READ_BACK_BYTES = 1 << 20
-"""Of each end of a window that was just written."""
 
 
 class Target(Protocol):
@@ -41,9 +38,10 @@ class Target(Protocol):
         """Write a batch. Raises WriteFailed, ValueError."""
         ...
 
-    def holds(self, pieces: Sequence[Piece], *, ends_only: bool = False) -> list[bool]:
-        """For each piece whether the files, read again, hold its values, or the first and the
-        last of them. Raises WriteFailed."""
+    def holds(self, pieces: Sequence[Piece], parts: ReadBack = ReadBack.FULL) -> list[bool]:
+        """For each piece whether the files, read again, hold `parts` of its values.
+
+        Raises WriteFailed."""
         ...
 
     def add(self, pieces: Sequence[Piece]) -> None:
@@ -148,17 +146,17 @@ class FileTarget:
             with naming(window.array.name, "written"):
                 file.data.write(bytes_of(values), offset)
 
-    def holds(self, pieces: Sequence[Piece], *, ends_only: bool = False) -> list[bool]:
+    def holds(self, pieces: Sequence[Piece], parts: ReadBack = ReadBack.FULL) -> list[bool]:
         """See Target."""
-        return [self._holds(window, values, ends_only) for window, values in pieces]
+        return [self._holds(window, values, parts) for window, values in pieces]
 
-    def _holds(self, window: Window, values: Array, ends_only: bool) -> bool:
+    def _holds(self, window: Window, values: Array, parts: ReadBack) -> bool:
         file, offset = self._place(window)
         wanted = bytes_of(values)
         with naming(window.array.name, "read back"):
             return all(
                 file.data.holds(wanted[part], offset + part.start)
-                for part in _to_read(len(wanted), ends_only)
+                for part in parts.slices(len(wanted))
             )
 
     def add(self, pieces: Sequence[Piece]) -> None:
@@ -223,9 +221,9 @@ class StoreTarget:
             with naming(window.array.name, "written"):
                 self._files.write(self._chunk(window, values))
 
-    def holds(self, pieces: Sequence[Piece], *, ends_only: bool = False) -> list[bool]:
+    def holds(self, pieces: Sequence[Piece], parts: ReadBack = ReadBack.FULL) -> list[bool]:
         """See Target."""
-        return [self._holds(window, values, ends_only) for window, values in pieces]
+        return [self._holds(window, values, parts) for window, values in pieces]
 
     def add(self, pieces: Sequence[Piece]) -> None:
         """See Target."""
@@ -242,12 +240,12 @@ class StoreTarget:
         """See Target."""
         self._hasher.close()
 
-    def _holds(self, window: Window, values: Array, ends_only: bool) -> bool:
+    def _holds(self, window: Window, values: Array, parts: ReadBack) -> bool:
         if 0 in window.array.shape:
             return True
         chunk = self._chunk(window, values)
         with naming(window.array.name, "read back"):
-            return self._files.holds(chunk, _to_read(chunk.num_bytes, ends_only))
+            return self._files.holds(chunk, parts.slices(chunk.num_bytes))
 
     def _add(self, pieces: Sequence[Piece]) -> None:
         for window, values in pieces:
@@ -270,9 +268,3 @@ class StoreTarget:
             *(array.name, array.shape, (*first, *shape), position),
             values.reshape((*first, *values.shape)),
         )
-
-
-def _to_read(num_bytes: int, ends_only: bool) -> list[slice]:
-    if not ends_only or num_bytes <= 2 * READ_BACK_BYTES:
-        return [slice(0, num_bytes)]
-    return [slice(0, READ_BACK_BYTES), slice(num_bytes - READ_BACK_BYTES, num_bytes)]

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from checkpoint.migrate.casts import cast_into
+
 Array: TypeAlias = npt.NDArray[Any]
 
 TILE = 256
@@ -22,7 +24,7 @@ def copy_tiled(out: Array, values: Array) -> None:
     and misses the cache at each step on the other.
     """
     if values.ndim < 2 or abs(values.strides[-1]) <= abs(values.strides[-2]):
-        np.copyto(out, values, casting="unsafe")
+        cast_into(out, values)
         return
     if values.ndim > 2:
         for target, matrix in zip(out, values, strict=True):
@@ -36,4 +38,4 @@ def copy_tiled(out: Array, values: Array) -> None:
             close = tile[: part.shape[1], : part.shape[0]]
             close[...] = part.T
             place = out[row : row + TILE, column : column + TILE]
-            np.copyto(place, close.T, casting="unsafe")
+            cast_into(place, close.T)

@@ -92,6 +92,15 @@ class OpenStep:
         except (ValueError, OSError) as error:
             raise CorruptStep(self.step, [Problem(f"array {name}", str(error))]) from error
 
+    def read_into(self, name: str, part: tuple[slice, ...], out: HostArray) -> None:
+        """As `read_part`, with a slice for each axis, into memory of that shape and dtype."""
+        try:
+            self._reader.read_into(name, part, out)
+        except StoreUnreadable:
+            raise
+        except (ValueError, OSError) as error:
+            raise CorruptStep(self.step, [Problem(f"array {name}", str(error))]) from error
+
     def chunk_shape(self, name: str) -> tuple[int, ...]:
         """How an array is divided into pieces that are read as a whole."""
         return self._reader.chunk_shape(name)

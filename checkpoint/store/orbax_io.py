@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from checkpoint.store.chunk_files import ChunkFiles
 from checkpoint.store.durable import Deadline
 from checkpoint.store.errors import SaveFailed, StoreUnreadable
 from checkpoint.store.tree import DTYPES, HostArray
@@ -124,6 +125,19 @@ class ArrayReader:
         if array.dtype.name not in DTYPES:
             raise ValueError(f"dtype {array.dtype}")
         return array
+
+    def read_into(self, name: str, part: tuple[slice, ...], out: HostArray) -> None:
+        """As `read_part`, with a slice for each axis, into memory of that shape and dtype."""
+        chunks = ChunkFiles.open(self._folder / name.replace("/", "."))
+        if chunks is None:
+            out[...] = self.read_part(name, part)
+        else:
+            chunks.read_into(part, out)
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Of one array; NumPy's name of the dtype. Raises: as `read`."""
+        opened = self._open(name)
+        return tuple(opened.shape), opened.dtype.numpy_dtype.name
 
     def chunk_shape(self, name: str) -> tuple[int, ...]:
         """How an array is divided into pieces that can be read alone."""

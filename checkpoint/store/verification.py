@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,12 +18,14 @@ from checkpoint.store.digests import blake3_of_file
 from checkpoint.store.durable import sha256_hex, walk_files
 from checkpoint.store.errors import CorruptStep, Problem, StoreError, StoreUnreadable
 from checkpoint.store.layout import ARRAYS, COMMIT, MANIFEST
-from checkpoint.store.manifest import ArrayRecord, Manifest
+from checkpoint.store.manifest import ArrayRecord, FileRecord, Manifest
 from checkpoint.store.orbax_io import ArrayReader
 from checkpoint.store.tree import DTYPES, HostArray, digest
 
 T = TypeVar("T")
 
+MANY_BYTES = 64 << 20
+"""Files of more are read by several threads."""
 NUM_TRIES = 2
 """A read that fails is done again: a glitch must not send a good step to quarantine."""
 
@@ -86,13 +90,16 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[Problem]:
         found.pop(own, None)
     for path in sorted(found.keys() - manifest.files.keys()):
         yield Problem(path, "does not belong here")
-    for path, record in manifest.files.items():
-        if path not in found:
-            yield Problem(path, "is missing")
-        elif not found[path]:
-            yield Problem(path, "is not a plain file")
-        else:
-            yield from _content_problems(folder, path, record.size_bytes, record.blake3)
+    whole = {path: record for path, record in manifest.files.items() if found.get(path)}
+    for path in sorted(manifest.files.keys() - whole.keys()):
+        yield Problem(path, "is not a plain file" if path in found else "is missing")
+    if sum(record.size_bytes for record in whole.values()) < MANY_BYTES:
+        for path, record in whole.items():
+            yield from _content_problems(folder, path, record)
+        return
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "verify-files") as pool:
+        for problems in pool.map(partial(_content_problems, folder), whole, whole.values()):
+            yield from problems
 
 
 def read_array(reader: ArrayReader, name: str, record: ArrayRecord) -> HostArray:
@@ -145,15 +152,17 @@ def verify_folder(folder: Path, step: int) -> VerifyReport:
     )
 
 
-def _content_problems(folder: Path, path: str, size_bytes: int, blake3: str) -> Iterator[Problem]:
+def _content_problems(folder: Path, path: str, record: FileRecord) -> list[Problem]:
     try:
         found_bytes = _tried(lambda: (folder / path).stat().st_size)
-        if found_bytes != size_bytes:
-            yield Problem(path, f"has {found_bytes} bytes, {size_bytes} were written")
-        elif _tried(lambda: blake3_of_file(folder / path)) != blake3:
-            yield Problem(path, "its bytes are not those written")
+        if found_bytes != record.size_bytes:
+            text = f"has {found_bytes} bytes, {record.size_bytes} were written"
+            return [Problem(path, text)]
+        if _tried(lambda: blake3_of_file(folder / path)) != record.blake3:
+            return [Problem(path, "its bytes are not those written")]
     except OSError as error:
-        yield Problem(path, f"cannot be read: {os.strerror(error.errno or 0)}")
+        return [Problem(path, f"cannot be read: {os.strerror(error.errno or 0)}")]
+    return []
 
 
 def _read_bytes(folder: Path, name: str, step: int) -> bytes:

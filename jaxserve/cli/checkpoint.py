@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from checkpoint.migrate.read_back import ReadBack
 from jaxserve.cli.migration_view import (
     print_difference,
     print_plan,
@@ -31,6 +32,11 @@ EXIT_CODES = (
 app = typer.Typer(add_completion=False, no_args_is_help=True, epilog=EXIT_CODES)
 
 MAX_WORKERS = 64
+READ_BACK_SAYS = {
+    ReadBack.FULL: "all of it read back and equal",
+    ReadBack.ENDS: "the ends of each window read back and equal",
+    ReadBack.NONE: "not read back",
+}
 
 
 @app.callback()
@@ -61,6 +67,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for progr
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at DST.")]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Throw away what an interrupted run has made.")
+]
+ReadBackPart = Annotated[
+    ReadBack,
+    typer.Option(
+        "--read-back",
+        help="What is read again from the disk, and compared, of each window that was written: all "
+        "of it, its first and last MiB, or nothing.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")]
 MemoryBudget = Annotated[
@@ -104,6 +118,15 @@ def convert(
         typer.Option("--lora", metavar="DIR", help="A PEFT adapter; needs --merge."),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add the adapter to the weights.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="DIR",
+            help="Config and tokenizer of a checkpoint that Orbax wrote by itself: a folder with "
+            "config.json or model.json.",
+        ),
+    ] = None,
     verify: Annotated[
         str | None,
         typer.Option(
@@ -125,6 +148,7 @@ def convert(
     ] = "5GB",
     memory_budget: MemoryBudget = None,
     num_workers: Workers = None,
+    read_back: ReadBackPart = ReadBack.ENDS,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     force: Force = False,
@@ -132,7 +156,7 @@ def convert(
 ) -> None:
     """Convert a model to another format.
 
-    Planned, streamed in bounded windows, read back, and published in one rename. What is
+    Planned, streamed in bounded windows, and published in one rename. What is
     killed goes on where it was when the same command is run again.
 
     Examples: jaxserve checkpoint convert model.gguf folder --to safetensors,
@@ -154,8 +178,9 @@ def convert(
         layers=layers,
         max_shard_bytes=_bytes("--max-shard-bytes", max_shard_bytes),
         lora=lora,
+        config=config,
     )
-    limits = _limits(memory_budget, num_workers, force=force, restart=restart)
+    limits = _limits(memory_budget, num_workers, read_back, force=force, restart=restart)
     check = None
     if verify is not None:
         check = LogitsCheck.from_options(prompts, max_kl, lora)
@@ -181,6 +206,7 @@ def reshard(
     ] = "scanned",
     memory_budget: MemoryBudget = None,
     num_workers: Workers = None,
+    read_back: ReadBackPart = ReadBack.ENDS,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     force: Force = False,
@@ -195,7 +221,7 @@ def reshard(
     """
     from jaxserve.migration.convert import plan_reshard
 
-    limits = _limits(memory_budget, num_workers, force=force, restart=restart)
+    limits = _limits(memory_budget, num_workers, read_back, force=force, restart=restart)
     with (
         _exit_codes(),
         plan_reshard(
@@ -308,6 +334,7 @@ def _run(conversion: Conversion, limits: Limits, *, dry_run: bool, as_json: bool
         "num_arrays": len(manifest.arrays),
         "num_bytes": conversion.migration.plan.num_bytes,
         "plan_sha256": manifest.plan_sha256,
+        "read_back": limits.read_back.value,
         "files": {name: blake3 for name, (_, blake3) in manifest.files.items()},
         "notes": list(conversion.migration.plan.notes),
     }
@@ -316,7 +343,8 @@ def _run(conversion: Conversion, limits: Limits, *, dry_run: bool, as_json: bool
         return
     for note in conversion.migration.plan.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"{report['target']}: {len(manifest.arrays)} arrays, read back and equal")
+    says = READ_BACK_SAYS[limits.read_back]
+    typer.echo(f"{report['target']}: {len(manifest.arrays)} arrays, {says}")
 
 
 @contextlib.contextmanager
@@ -350,7 +378,12 @@ def _resolve(name: str, *, must_exist: bool = True) -> Path:
 
 
 def _limits(
-    memory_budget: str | None, num_workers: int | None, *, force: bool, restart: bool
+    memory_budget: str | None,
+    num_workers: int | None,
+    read_back: ReadBack,
+    *,
+    force: bool,
+    restart: bool,
 ) -> Limits:
     import os
 
@@ -358,7 +391,7 @@ def _limits(
 
     budget = None if memory_budget is None else _bytes("--memory-budget", memory_budget)
     workers = num_workers or len(os.sched_getaffinity(0))
-    return Limits(workers, budget, force=force, restart=restart)
+    return Limits(workers, budget, force=force, restart=restart, read_back=read_back)
 
 
 def _bytes(option: str, text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from checkpoint.errors import FormatError
+from checkpoint.formats.safetensors import INDEX_FILE, inside_folder
 from models.checkpoint_model import SOURCE, TOKENIZER
 from models.tokenizer_files import TOKENIZER_FILES
 
@@ -49,6 +50,15 @@ class Carried:
             values = {key: _to_json(value) for key, value in self.gguf.items()}
             out[f"{SOURCE}/{GGUF_FILE}"] = json.dumps(values).encode()
         return out
+
+
+def files_to_carry(folder: Path) -> dict[str, bytes]:
+    """Config, tokenizer and index of a Hugging Face folder, by name. Raises FormatError."""
+    return {
+        name: inside_folder(folder, name).read_bytes()
+        for name in (*TOKENIZER_FILES, "config.json", INDEX_FILE)
+        if (folder / name).exists()
+    }
 
 
 def read_carried(folder: Path) -> Carried:

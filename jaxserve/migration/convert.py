@@ -83,7 +83,7 @@ def plan_conversion(
     """
     _check_apart(path, request.target)
     request = replace(request, window_bytes=_window_bytes(memory_bytes))
-    with _opened(path) as source:
+    with _opened(path, request.config) as source:
         _check_apart(source.model.path, request.target)  # Another one, if `path` has adapters.
         migration = make_migration(source, request, low_rank_updates(_adapters(source, request)))
         if check is not None:
@@ -133,8 +133,8 @@ def _window_bytes(memory_bytes: int | None) -> int:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[SourceModel]:
-    source = open_source(path)
+def _opened(path: Path, config: Path | None = None) -> Iterator[SourceModel]:
+    source = open_source(path, config=config)
     try:
         found = problems(source)
         if found:

@@ -38,6 +38,8 @@ class ConversionRequest:
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     lora: Path | None = None
     """Adapter folder to merge into the weights."""
+    config: Path | None = None
+    """Folder with the config of a checkpoint that Orbax wrote by itself."""
 
     def __post_init__(self) -> None:
         _one_of("--to", self.to, FORMATS)

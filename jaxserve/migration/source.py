@@ -12,21 +12,21 @@ import numpy.typing as npt
 
 from checkpoint.errors import FormatError
 from checkpoint.formats.gguf import GgufFile
-from checkpoint.formats.safetensors import INDEX_FILE, SafetensorsFolder, inside_folder
+from checkpoint.formats.safetensors import SafetensorsFolder
 from checkpoint.migrate.manifest import file_problems, load_manifest
 from checkpoint.migrate.parts import FileParts, PartSource, StepParts
 from checkpoint.name_table import NameTable, TensorRule, Transform
 from checkpoint.param_loading import flatten
+from checkpoint.store.plain_step import PlainStep
 from checkpoint.store_source import StoreSource
-from jaxserve.errors import JaxserveError
-from jaxserve.migration.carried import Carried, read_carried
+from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.migration.carried import Carried, files_to_carry, read_carried
+from jaxserve.migration.plain_orbax import is_plain_orbax, open_plain_orbax
 from jaxserve.trained_model import open_model
-from models.checkpoint_model import TOKENIZER
 from models.config import ModelConfig
 from models.loading import ModelSource
 from models.model_path import split_step
 from models.tokenizer import Tokenizer
-from models.tokenizer_files import TOKENIZER_FILES
 
 MAX_LAYERS = 4096
 """More is a lie of the file's."""
@@ -92,8 +92,7 @@ class SourceModel:
 
     def load_tokenizer(self) -> Tokenizer | None:
         """None if the source has none."""
-        folder = self.model.path / TOKENIZER if self.format == "orbax" else self.model.path
-        if self.format != "gguf" and not (folder / "tokenizer.json").is_file():
+        if self.format != "gguf" and "tokenizer.json" not in self.carried.files:
             return None
         gguf = self.model.tensors
         if isinstance(gguf, GgufFile) and "tokenizer.ggml.tokens" not in gguf.metadata:
@@ -154,16 +153,20 @@ class ConstantParts:
         self._rest.close()
 
 
-def open_source(path: Path, *, check_manifest: bool = True) -> SourceModel:
+def open_source(
+    path: Path, *, config: Path | None = None, check_manifest: bool = True
+) -> SourceModel:
     """Open a model for migration.
 
     Args:
-        path: as for `jaxserve.trained_model.open_model`.
+        path: as for `jaxserve.trained_model.open_model`, or a checkpoint of Orbax alone.
+        config: see `open_plain_orbax`.
         check_manifest: compare all files with the manifest, if the source has one.
 
     Raises:
         FormatError, StoreError, FileNotFoundError: as `open_model`.
         DamagedSource: a file is not what the manifest says.
+        ConfigError: a `config` that is missing, or not needed.
     """
     folder, _ = split_step(path)
     manifest = load_manifest(folder)
@@ -173,7 +176,13 @@ def open_source(path: Path, *, check_manifest: bool = True) -> SourceModel:
             raise DamagedSource(
                 f"{folder} is damaged:\n  " + "\n  ".join(problems) + "\nFetch or make it anew"
             )
-    model = open_model(path)
+    if is_plain_orbax(folder):
+        model, carried = open_plain_orbax(folder, config)
+    elif config is not None:
+        raise ConfigError(f"--config is for checkpoints of Orbax alone; {folder} has its own")
+    else:
+        model = open_model(path)
+        carried = _carried(model)
     if model.config.num_layers > MAX_LAYERS:
         raise FormatError(f"{path} claims {model.config.num_layers} layers; at most {MAX_LAYERS}")
     shapes = {
@@ -191,7 +200,7 @@ def open_source(path: Path, *, check_manifest: bool = True) -> SourceModel:
         stacked_axes=stacked_axes,
         extras=_extras(model, pieces, array_name),
         others=tuple(name for name in others if not name.startswith(EXTRA)),
-        carried=_carried(model),
+        carried=carried,
         identity=_identity(model),
         record={
             "path": str(model.path.absolute()),
@@ -279,12 +288,7 @@ def extra_tensor(array: str) -> str:
 def _carried(model: ModelSource) -> Carried:
     tensors = model.tensors
     if isinstance(tensors, SafetensorsFolder):
-        names = (*TOKENIZER_FILES, "config.json", INDEX_FILE)
-        files = {
-            name: inside_folder(model.path, name).read_bytes()
-            for name in names
-            if (model.path / name).exists()
-        }
+        files = files_to_carry(model.path)
         return Carried(files, {file.path.name: file.header for file in tensors.files}, None)
     if isinstance(tensors, GgufFile):
         return Carried({}, {}, tensors.metadata)
@@ -292,13 +296,15 @@ def _carried(model: ModelSource) -> Carried:
 
 
 def _identity(model: ModelSource) -> dict[str, Any]:
-    if isinstance(model.tensors, StoreSource):
+    if isinstance(model.tensors, StoreSource) and not isinstance(model.tensors.step, PlainStep):
         step = model.tensors.step
         return {"step": step.step, "folder": str(step.folder), "arrays": step.digest}
     if isinstance(model.tensors, GgufFile):
         paths = [model.path]
     else:
-        paths = [path for path in sorted(model.path.iterdir()) if path.is_file()]
+        is_step = isinstance(model.tensors, StoreSource)
+        found = model.path.rglob("*") if is_step else model.path.iterdir()
+        paths = [path for path in sorted(found) if path.is_file()]
     return {
         str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino]
         for path in paths

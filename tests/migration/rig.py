@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from checkpoint.migrate.manifest import MigrationManifest
+from checkpoint.migrate.read_back import ReadBack
 from checkpoint.migrate.run import Limits, OnProgress
 from jaxserve.migration.convert import plan_conversion
 from jaxserve.migration.request import ConversionRequest
@@ -33,13 +34,15 @@ def convert(
     memory_bytes: int | None = None,
     force: bool = False,
     check: Any = None,
+    read_back: ReadBack = ReadBack.ENDS,
     **options: Any,
 ) -> MigrationManifest:
     request = ConversionRequest(target, to, **options)
     with plan_conversion(
         source, request, num_workers=2, memory_bytes=memory_bytes, check=check
     ) as conversion:
-        return conversion.run(Limits(2, memory_bytes, force=force), OnProgress())
+        limits = Limits(2, memory_bytes, force=force, read_back=read_back)
+        return conversion.run(limits, OnProgress())
 
 
 def model_files(folder: Path) -> dict[str, bytes]:

@@ -9,13 +9,17 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import grpc.aio
 
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.hung_device import leave_hung_device
 from jaxserve.server.access.door import Door
 from jaxserve.server.access.key_ring import KeyRing
 from jaxserve.server.config import ServerConfig
+from jaxserve.server.grpc_port import GrpcPort
 from jaxserve.server.grpc_server import create_grpc_server
 from jaxserve.server.health import HealthReporter
 from jaxserve.server.http.http_server import HttpServer
@@ -65,17 +69,22 @@ class Server:
         config, cleanup = self._config, self._cleanup
         await self._health.refresh()
         cleanup.callback(self._workers.shutdown, wait=False, cancel_futures=True)
-        self._grpc, self.grpc_port = create_grpc_server(
-            config, self.state, self._health, self._workers, self._door, self._tls
-        )
-        cleanup.push_async_callback(self._grpc.stop, None)
+        self._grpc = GrpcPort(config.host, config.grpc_port, self._make_grpc)
+        self.grpc_port = self._grpc.port
+        cleanup.push_async_callback(self._grpc.stop)
         self._http = HttpServer(config, self.state, self._workers, self._door, self._tls)
         cleanup.push_async_callback(self._http.stop)
         self.http_port = self._http.port
         await self._grpc.start()
         await self._http.start()
-        for watch in (self._health.watch(), self._watch_files()):
+        for watch in (self._health.watch(), self._watch_files(), self._grpc.watch()):
             cleanup.callback(asyncio.create_task(watch).cancel)
+
+    def _make_grpc(self, port: int) -> tuple[grpc.aio.Server, int]:
+        config = replace(self._config, grpc_port=port)
+        return create_grpc_server(
+            config, self.state, self._health, self._workers, self._door, self._tls
+        )
 
     async def _watch_files(self) -> None:
         """Takes new keys and certificates. Runs until cancelled."""
@@ -107,9 +116,7 @@ class Server:
 
     async def stop_listening(self) -> None:
         """Refuses calls, and lets those that run hand over their last messages."""
-        await asyncio.gather(
-            self._grpc.stop(grace=FLUSH_GRACE_S), self._http.stop(grace_s=FLUSH_GRACE_S)
-        )
+        await asyncio.gather(self._grpc.stop(FLUSH_GRACE_S), self._http.stop(grace_s=FLUSH_GRACE_S))
 
     async def lose(self, why: str) -> None:
         """What steps need is gone: streams end as UNAVAILABLE with `why`, health is NOT_SERVING

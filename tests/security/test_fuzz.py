@@ -18,7 +18,7 @@ from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.server import convert
 from jaxserve.server.http.schema import ChatRequest, CompletionRequest
 from tests.server.http.raw_http import connect, post, request_bytes
-from tests.server.scripted_service import start_service
+from tests.server.scripted_service import start_service, wait_for
 
 MIB = 1 << 20
 NAMES = sorted(
@@ -118,7 +118,32 @@ def test_mutated_http2_frames_harm_nobody(shared):
             end.shutdown(socket.SHUT_WR)
             while end.recv(1 << 16):
                 pass
-    assert shared.client.is_serving()
+    # grpcio's server may have ended (see below); then another one comes.
+    wait_for(shared.client.is_serving, 60)
+
+
+def test_a_methods_name_that_is_no_text_ends_neither_streams_nor_the_service(service):
+    """grpcio ends its own server at it."""
+    raw = _recorded(service)
+    name = b"/jaxserve.v1.Inference/Generate"
+    assert raw.count(name) == 1
+    bad = raw.replace(name, name.replace(b"n", b"\xee"))
+    service.executor.step_s = 0.005
+    stream = iter(service.client.generate("x", max_tokens=400, request_id="long"))
+    next(stream)
+    port = service.server._grpc
+    for count in (1, 2):
+        wait_for(service.client.is_serving, 60)
+        with socket.create_connection(("127.0.0.1", port.port), timeout=5) as end:
+            end.sendall(bad)
+            wait_for(lambda count=count: port.num_restarts == count, 60)
+    with Client(service.address) as client:
+        client.wait_until_serving(60)
+        assert list(client.generate("y", max_tokens=2))
+        assert next(stream).text
+        assert client.abort("long")
+    assert [output.finish_reason for output in stream][-1] == "cancelled"
+    service.assert_idle()
 
 
 def test_mutated_http1_requests_harm_nobody(shared):
@@ -136,7 +161,7 @@ def test_mutated_http1_requests_harm_nobody(shared):
             assert not reply.startswith(b"HTTP/1.1 5")
             assert b"Traceback" not in reply
         end.close()
-    assert shared.client.is_serving()
+    wait_for(shared.client.is_serving, 60)
 
 
 def test_a_message_above_4_mib_costs_no_memory(shared):

@@ -2,23 +2,31 @@
 
     python tools/evaluate_policies.py [--only sl1,sl6] [--operating-point cpu|gpu]
         [--engine-cores N] [--model FOLDER] [--wait-s N] [--json]
+        [--resume FOLDER] [--stop-after-s N]
 
 The same engine, model and load; only the policy differs. Each part takes one
 to three minutes and ends as pass, fail or void. Void says that the machine was
 busy: nothing can be concluded, whether the checks hold or not.
+
+SL3 to SL5 consist of cells, one rate or one budget each. `--resume` keeps those that were
+measured on a quiet machine and measures only what is missing, so that a part can be finished in
+several quiet spells.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tools.policy_evaluation.budget_control import objective_keeps
 from tools.policy_evaluation.capacity import socket_capacity
+from tools.policy_evaluation.cells import Cells, UnfinishedError
 from tools.policy_evaluation.operating_point import CPU, OPERATING_POINTS
 from tools.policy_evaluation.piggyback import marginal_decode_cost
 from tools.policy_evaluation.placement import place_engine
@@ -28,14 +36,14 @@ from tools.policy_evaluation.slack import slack_throughput
 from tools.policy_evaluation.stalls import long_prompt_arrival, time_to_first_token_price
 from tools.policy_evaluation.verdict import Outcome, wait_until_quiet
 
-PARTS: dict[str, Callable[[Rig], Outcome]] = {
-    "sl1": long_prompt_arrival,
-    "sl2": time_to_first_token_price,
+PARTS: dict[str, Callable[[Rig, Cells], Outcome]] = {
+    "sl1": lambda rig, _: long_prompt_arrival(rig),
+    "sl2": lambda rig, _: time_to_first_token_price(rig),
     "sl3": socket_capacity,
     "sl4": objective_keeps,
     "sl5": slack_throughput,
-    "sl6": marginal_decode_cost,
-    "sl8": simulator_accuracy,
+    "sl6": lambda rig, _: marginal_decode_cost(rig),
+    "sl8": lambda rig, _: simulator_accuracy(rig),
 }
 
 
@@ -51,6 +59,10 @@ def main() -> None:
     parser.add_argument(
         "--wait-s", type=float, default=0.0, help="longest wait for a quiet machine before a part"
     )
+    parser.add_argument("--resume", type=Path, help="keeps and takes the cells of sl3, sl4, sl5")
+    parser.add_argument(
+        "--stop-after-s", type=float, default=math.inf, help="begins no cell later than that"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     names = args.only.split(",")
@@ -61,13 +73,19 @@ def main() -> None:
         placement = place_engine(args.engine_cores or point.num_engine_cores)
     except ValueError as error:
         parser.error(str(error))
+    last_start_s = time.monotonic() + args.stop_after_s
     with tempfile.TemporaryDirectory() as scratch:
         rig = make_rig(point, placement, args.model or Path(scratch) / "model", cache=args.cache)
         failed = False
         for name in names:
             if args.wait_s:
                 wait_until_quiet(placement.all_cores, args.wait_s)
-            outcome = PARTS[name](rig)
+            try:
+                outcome = PARTS[name](rig, Cells(rig, name, args.resume, last_start_s))
+            except UnfinishedError as error:
+                failed = True
+                print(f"{error}: run it again with the same --resume", file=sys.stderr)
+                continue
             failed |= outcome.verdict != "pass"
             if args.json:
                 print(json.dumps(outcome.values()), flush=True)

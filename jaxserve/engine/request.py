@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from jaxserve.engine.plan import NO_TOKEN
 from jaxserve.engine.sampling_params import SamplingParams
 
 
@@ -94,8 +94,8 @@ class Request:
     num_prefill_tokens: int = 0
     """Tokens known when it was last admitted: prefill chunks compute up to
     here, later positions are decodes."""
-    num_pending_tokens: int = 0
-    """Output tokens planned in steps that have not been committed yet."""
+    max_computed_tokens: int = 0
+    """Positions that are ever computed, set at admission: all but that of the last token."""
     num_in_flight_steps: int = 0
     slot: int | None = None
     page_ids: list[int] = field(default_factory=list)
@@ -110,6 +110,11 @@ class Request:
     """Prompt tokens that the prefix cache saved at first admission."""
     num_prompt_logprobs: int = 0
     """Prompt logprobs planned so far; each is computed once, whatever happens."""
+    special_token_ids: frozenset[int] = field(init=False)
+    """Results of a decode that are more than a token: `stop_token_ids` and `NO_TOKEN`."""
+    num_plain_outputs: int = 0
+    """Output tokens up to which a decode gives a token and nothing else, unless it is a special
+    one; those that it has if it has finished. Spares every other question in every step."""
     first_scheduled_s: float | None = None
     last_token_s: float | None = None
     """When its last token was committed."""
@@ -119,6 +124,14 @@ class Request:
 
     def __post_init__(self) -> None:
         self.request_id = self.generation.request_id
+        self.special_token_ids = self.stop_token_ids | {NO_TOKEN}
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Output tokens planned in steps that have not been committed yet."""
+        if self.slot is None or self.num_computed_tokens < self.num_prefill_tokens:
+            return 0
+        return self.num_computed_tokens + 1 - self.num_tokens
 
     @property
     def sampling(self) -> SamplingParams:
@@ -148,8 +161,9 @@ class Request:
         prompt = self.generation.prompt_token_ids
         if end <= len(prompt):
             return prompt[start:end]
-        output = self.output_token_ids[max(start - len(prompt), 0) : end - len(prompt)]
-        return prompt[start:] + tuple(output)
+        if start >= len(prompt):
+            return tuple(self.output_token_ids[start - len(prompt) : end - len(prompt)])
+        return prompt[start:] + tuple(self.output_token_ids[: end - len(prompt)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +186,6 @@ class TokenUpdate(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None
     stop_token_id: int | None = None
-
-
-update_from: Callable[[tuple[object, ...]], TokenUpdate] = partial(tuple.__new__, TokenUpdate)
-"""An update from all of its fields, in order; half the cost of `TokenUpdate(...)`."""
 
 
 @dataclass(frozen=True, slots=True)

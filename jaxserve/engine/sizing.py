@@ -73,7 +73,8 @@ def _with_token_budget(
     config: SchedulerConfig, cost: StepCost, tbt_s: float, num_measured_rows: int
 ) -> SchedulerConfig:
     """The largest measured bucket as token budget whose step keeps the
-    objective with every slot decoding at half of the longest context."""
+    objective with every slot decoding at half of the longest context and a
+    chunk at the end of it: a step that comes with each long prompt."""
     half = config.max_model_len // 2
     in_pool = config.num_pages * config.page_size
     token_budget = choose_token_budget(
@@ -82,7 +83,7 @@ def _with_token_budget(
         [rows for rows in config.buckets if rows <= num_measured_rows],
         num_decodes=config.max_num_seqs,
         decode_context=min(config.max_num_seqs * half, in_pool),
-        chunk_start=half,
+        chunk_start=config.max_model_len,
         margin=TBT_MARGIN,
     )
     buckets = tuple(rows for rows in config.buckets if rows <= token_budget)

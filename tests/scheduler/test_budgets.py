@@ -138,7 +138,9 @@ def test_token_deadlines() -> None:
     request = objective_request("a", 3, objective)
     request.arrival_s = 10.0
     request.output_token_ids, request.last_token_s = [1, 2, 3], 10.7
-    request.num_pending_tokens = 1
+    request.slot, request.num_prefill_tokens = 0, 3
+    request.num_computed_tokens = 6
+    assert request.num_pending_tokens == 1
     due = {
         strict: next_token_deadline_s(request, objective, 11.0, strict_gaps=strict)
         for strict in (False, True)
@@ -146,7 +148,8 @@ def test_token_deadlines() -> None:
     assert due == {False: 10.0 + 2.0 + 3 * 0.5, True: 10.7 + 0.5}
     request.last_token_s = 14.0  # Behind: one TBT after the last one.
     assert next_token_deadline_s(request, objective, 14.1) == 14.5
-    request.num_pending_tokens = 2  # The token before is still in flight.
+    request.num_computed_tokens = 7  # The token before is still in flight.
+    assert request.num_pending_tokens == 2
     assert next_token_deadline_s(request, objective, 14.3, strict_gaps=True) == 14.8
 
 

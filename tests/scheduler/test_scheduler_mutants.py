@@ -214,8 +214,8 @@ MUTANTS = [
         "S5 device",
         Edit(
             SCHEDULER,
-            "(start + num_tokens) // self",
-            "min(start + num_tokens + 1, request.num_tokens) // self",
+            "(chunk.start + chunk.num_tokens) // size",
+            "min(chunk.start + chunk.num_tokens + 1, request.num_tokens) // size",
         ),
     ),
     mutant(
@@ -229,12 +229,26 @@ MUTANTS = [
         Edit(UPDATES, "num_output >= request.max_tokens", "num_output > request.max_tokens"),
     ),
     mutant(
-        "pending_tokens_forgotten",
+        "decode_after_the_last_token",
         "S7",
         Edit(
             DRAFT,
-            "len(request.output_token_ids) + request.num_pending_tokens >= request.max_tokens",
-            "len(request.output_token_ids) >= request.max_tokens",
+            "r.num_computed_tokens < r.max_computed_tokens",
+            "r.num_computed_tokens <= r.max_computed_tokens",
+        ),
+    ),
+    mutant(
+        "last_token_is_a_plain_one",
+        "S7",
+        Edit(UPDATES, "request.max_tokens - 1)", "request.max_tokens)"),
+    ),
+    mutant(
+        "finished_in_flight_still_gets_tokens",
+        "S5 S6 S7",
+        Edit(
+            SCHEDULER,
+            "        request.num_plain_outputs = len(request.output_token_ids)\n",
+            "",
         ),
     ),
     mutant(
@@ -251,7 +265,7 @@ MUTANTS = [
     mutant(
         "sequence_in_two_plans",
         "S8",
-        Edit(DRAFT, "if request.num_in_flight_steps and not chained:", "if False:"),
+        Edit(DRAFT, "if not self._config.chain_decodes:", "if False:"),
     ),
     mutant(
         "chunk_follows_in_flight",

@@ -153,12 +153,12 @@ def test_a_profile_stays_within_its_time(resolve: Callable[..., EngineSettings])
     assert max(executor.buckets) == 64
 
 
-@pytest.mark.parametrize(("slo_tbt_ms", "token_budget"), [(100, 32), (120, 64), (200, 128)])
+@pytest.mark.parametrize(("slo_tbt_ms", "token_budget"), [(100, 32), (125, 64), (220, 128)])
 def test_the_token_budget_is_the_largest_that_keeps_the_objective(
     resolve: Callable[..., EngineSettings], slo_tbt_ms: float, token_budget: int
 ) -> None:
-    """Half of the pool's 16k keys cost 33 ms beside a millisecond a row; a
-    tenth of the objective is left to the host."""
+    """Half of the pool's 16k keys cost 33 ms beside a millisecond a row, and a chunk at the end
+    of a prompt 0.2 ms a token beside that; a tenth of the objective is left to the host."""
     executor = TimedExecutor()
     settings = resolve(slo_tbt_ms=float(slo_tbt_ms))
     settings, scheduler = make_scheduler(settings, executor, clock=executor.clock)

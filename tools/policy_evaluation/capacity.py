@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,26 @@ from jaxserve.loadgen.records import LoadRecord
 from jaxserve.loadgen.schedule import LoadShape, make_schedule
 from jaxserve.loadgen.server_process import own_server
 from jaxserve.simulator.arrivals import ArrivalProcess
+from tools.policy_evaluation.cells import Cells
 from tools.policy_evaluation.open_loop import saturated_qps
 from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
 
 MAX_DELAY_S = 2.0
 START_LOAD = 0.6
-"""First rate, as a share of what full steps of the token budget compute."""
+"""Rate of rung 0, as a share of what full steps of the token budget compute."""
 FACTOR = 1.3
-MAX_PROBES = 6
+MIN_RATIO = 1.5
+MAX_RUNGS = 6
+WARM_UP = 12
+"""Requests that a new server gets first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    qps: float
+    num_requests: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,60 +46,110 @@ class SocketProbe:
     tbt_p99_s: float
     delay_p50_s: float
     num_failed: int
-    void_reasons: tuple[str, ...]
+    void_reasons: Sequence[str]
 
     def meets(self, slo_s: float) -> bool:
         return not self.num_failed and self.tbt_p99_s <= slo_s and self.delay_p50_s <= MAX_DELAY_S
 
 
-def socket_capacity(rig: Rig, *, num_requests: int = 48, seed: int = 1) -> Outcome:
-    """SL3. `jaxserve serve` with one flag changed; ShareGPT lengths scaled to the context."""
+def socket_capacity(rig: Rig, cells: Cells, *, num_requests: int = 48, seed: int = 1) -> Outcome:
+    """SL3. `jaxserve serve` with one flag changed; ShareGPT lengths scaled to the context.
+
+    Both policies climb the same ladder of rates. The rival begins where the ratio is just large
+    enough, which decides the part; the rungs below say how large it is.
+    """
     if not rig.point.is_file:
         raise ValueError(
             f"operating point {rig.point.name} has no model file to serve: leave out sl3"
         )
-    meter = NoiseMeter(rig)
-    meter.sample()
-    slo_s = 5 * meter.median_s("decode")
-    point = rig.point
-    first_qps = START_LOAD * saturated_qps(
-        point.context, point.token_budget, meter.median_s("full")
-    )
-    capacity: dict[str, float] = {}
-    probes: dict[str, list[SocketProbe]] = {}
-    for policy in ("sarathi", "vllm_v0"):
-        config = EngineConfig(
-            model=str(rig.model),
-            dtype=rig.point.dtype,
-            policy=policy,
-            token_budget=rig.point.token_budget,
-            max_num_seqs=rig.point.max_num_seqs,
-            max_model_len=rig.point.context,
-            kv_cache_bytes=rig.point.pool_bytes,
-            prefix_caching=False,
-        )
-        start_qps = capacity.get("sarathi", first_qps * 2) / 2 or first_qps / 8
-        with _placed_server(rig, config) as address:
-            capacity[policy], probes[policy] = _search(
-                address, slo_s, start_qps, num_requests, seed
-            )
-        meter.sample()
-    voids = [reason for found in probes.values() for one in found for reason in one.void_reasons]
+    reference = cells.get("reference", partial(_reference, rig))
+    slo_s = 5 * reference["decode_s"]
+    probes: dict[str, dict[int, SocketProbe]] = {"sarathi": {}, "vllm_v0": {}}
+
+    def meets(policy: str, rung: int) -> bool:
+        load = Load(reference["rung_0_qps"] * FACTOR**rung, num_requests, seed)
+        found = cells.get(f"{policy}.{rung}", partial(_rung, rig, policy, load))
+        probes[policy][rung] = SocketProbe(**found)
+        return probes[policy][rung].meets(slo_s)
+
+    best = highest_rung(partial(meets, "sarathi"), 0)
+    if best is not None:
+        enough = math.ceil(math.log(MIN_RATIO, FACTOR))
+        highest_rung(partial(meets, "vllm_v0"), best - enough)
+    readings = cells.readings()
+    capacity = {policy: _capacity(found, slo_s) for policy, found in probes.items()}
     # If even the slowest rate was too fast, the true ratio is larger than this one.
-    rival = capacity["vllm_v0"] or min(one.qps for one in probes["vllm_v0"])
+    rival = capacity["vllm_v0"] or min((one.qps for one in probes["vllm_v0"].values()), default=1)
+    voids = [reason for one in _all(probes) for reason in one.void_reasons]
     return Outcome(
         "sl3",
-        (Check("capacity sarathi / vllm_v0", capacity["sarathi"] / rival, 1.5, at_most=False),),
+        (
+            Check(
+                "capacity sarathi / vllm_v0", capacity["sarathi"] / rival, MIN_RATIO, at_most=False
+            ),
+        ),
         {
             "slo_ms": 1e3 * slo_s,
             "num_requests": num_requests,
             "capacity_qps": capacity,
-            "probes": {policy: [_values(one) for one in found] for policy, found in probes.items()},
+            "probes": {
+                policy: [_values(found[rung], slo_s) for rung in sorted(found)]
+                for policy, found in probes.items()
+            },
         }
-        | meter.reference_ms(),
-        meter.noise(),
+        | readings.reference_ms(),
+        readings.noise(),
         voids,
     )
+
+
+def highest_rung(meets: Callable[[int], bool], start: int) -> int | None:
+    """The highest rung that meets the objective, below the first that does not; None if none of
+    the first `MAX_RUNGS` downwards does. At most so many are tried."""
+    rung, rising = start, meets(start)
+    for _ in range(MAX_RUNGS - 1):
+        following = rung + (1 if rising else -1)
+        if meets(following) != rising:
+            return rung if rising else following
+        rung = following
+    return rung if rising else None
+
+
+def _reference(rig: Rig, meter: NoiseMeter) -> dict[str, Any]:
+    meter.sample(20)
+    qps = START_LOAD * saturated_qps(
+        rig.point.context, rig.point.token_budget, meter.median_s("full")
+    )
+    return {"decode_s": meter.median_s("decode"), "rung_0_qps": qps}
+
+
+def _rung(rig: Rig, policy: str, load: Load, _: NoiseMeter) -> dict[str, Any]:
+    """One rate on a server of its own."""
+    config = EngineConfig(
+        model=str(rig.model),
+        dtype=rig.point.dtype,
+        policy=policy,
+        token_budget=rig.point.token_budget,
+        max_num_seqs=rig.point.max_num_seqs,
+        max_model_len=rig.point.context,
+        kv_cache_bytes=rig.point.pool_bytes,
+        prefix_caching=False,
+    )
+    with _placed_server(rig, config) as address, Client(address) as client:
+        info = client.model_info()
+        for num_requests in (WARM_UP, load.num_requests):
+            shape = LoadShape(num_requests, load.qps, ArrivalProcess(), "sharegpt", seed=load.seed)
+            schedule = make_schedule(shape, info.max_model_len)
+            run = run_open_loop(address, schedule, vocab_size=info.vocab_size)
+    return asdict(_probe(load.qps, run))
+
+
+def _all(probes: Mapping[str, Mapping[int, SocketProbe]]) -> list[SocketProbe]:
+    return [one for found in probes.values() for one in found.values()]
+
+
+def _capacity(found: Mapping[int, SocketProbe], slo_s: float) -> float:
+    return max((one.qps for one in found.values() if one.meets(slo_s)), default=0.0)
 
 
 @contextmanager
@@ -96,26 +159,6 @@ def _placed_server(rig: Rig, config: EngineConfig) -> Iterator[str]:
         with rig.placement.on_engine_cores():
             address = stack.enter_context(own_server(config))
         yield address
-
-
-def _search(
-    address: str, slo_s: float, start_qps: float, num_requests: int, seed: int
-) -> tuple[float, list[SocketProbe]]:
-    """The highest rate of a geometric ladder that meets the objective; 0.0 if none does."""
-    with Client(address) as client:
-        info = client.model_info()
-
-    def probe(qps: float) -> SocketProbe:
-        shape = LoadShape(num_requests, qps, ArrivalProcess(), "sharegpt", seed=seed)
-        schedule = make_schedule(shape, info.max_model_len)
-        return _probe(qps, run_open_loop(address, schedule, vocab_size=info.vocab_size))
-
-    probe(start_qps)  # The first requests of a server warm it up.
-    probes = [probe(start_qps)]
-    rising = probes[0].meets(slo_s)
-    while len(probes) < MAX_PROBES and probes[-1].meets(slo_s) == rising:
-        probes.append(probe(probes[-1].qps * (FACTOR if rising else 1 / FACTOR)))
-    return max((one.qps for one in probes if one.meets(slo_s)), default=0.0), probes
 
 
 def _probe(qps: float, run: LoadRecord) -> SocketProbe:
@@ -131,9 +174,10 @@ def _probe(qps: float, run: LoadRecord) -> SocketProbe:
     )
 
 
-def _values(one: SocketProbe) -> dict[str, Any]:
+def _values(one: SocketProbe, slo_s: float) -> dict[str, Any]:
     return {
         "qps": one.qps,
+        "meets": one.meets(slo_s),
         "tbt_p99_ms": 1e3 * one.tbt_p99_s,
         "delay_p50_ms": 1e3 * one.delay_p50_s,
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +13,10 @@ import numpy as np
 from jaxserve.engine.profile import measure_steps
 from jaxserve.engine.request import ServiceObjective
 from jaxserve.engine.scheduler.budget import SlackBudget
-from jaxserve.engine.step_cost import fit_step_cost
+from jaxserve.engine.step_cost import FittedStepCost, fit_step_cost
 from jaxserve.simulator.run import SimRequest
 from tools.policy_evaluation.budget_control import PROFILE_S
+from tools.policy_evaluation.cells import Cells
 from tools.policy_evaluation.open_loop import LiveRun, chat_requests, run_live, saturated_qps
 from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.steps import StepShape, time_steps
@@ -23,65 +27,99 @@ QUICK, SLOW = 1.3, 5.2
 TTFT = 78.0
 """Of both classes, in full steps: 60 times the stricter TBT."""
 MIN_ATTAINMENT = 0.95
+MIN_RATIO = 1.2
 FACTOR = 1.1
-MAX_PROBES = 8
 START_SHARE = 0.75
-"""First rate, as a share of what the fixed budget computes if its steps are always full."""
+"""Rate of rung 0, as a share of what the fixed budget computes if its steps are always full."""
 
 
-def slack_throughput(rig: Rig, *, num_requests: int = 80, seeds: Sequence[int] = (1,)) -> Outcome:
+def slack_throughput(
+    rig: Rig, cells: Cells, *, num_requests: int = 80, seeds: Sequence[int] = (1, 2, 3)
+) -> Outcome:
     """SL5. The highest rate at which 95 % of the requests get every token in time.
 
     Token n is due at arrival + TTFT + n * TBT. The fixed budget is the one
     whose step keeps the stricter class.
     """
-    meter = NoiseMeter(rig)
-    meter.sample()
-    point, max_rows = rig.point, rig.point.slack_max_rows
-    step_s = _full_step_s(rig)
-    classes = [ServiceObjective(TTFT * step_s, factor * step_s) for factor in (QUICK, SLOW)]
-    config = rig.scheduler_config("sarathi", max_rows)
-    cost = fit_step_cost(measure_steps(config, rig.executor, limit_s=PROFILE_S))
-    rates: dict[str, list[float]] = {"fixed": [], "slack": []}
-    start_qps = START_SHARE * saturated_qps(point.context, point.slack_budget, step_s)
+    reference = cells.get("reference", partial(_reference, rig))
     probes: list[dict[str, Any]] = []
-    for seed in seeds:
-        for kind, found in rates.items():
-            # Slack is expected to be faster, so its ladder begins higher.
-            qps = rates["fixed"][-1] * FACTOR**2 if kind == "slack" else start_qps
-            qps = qps or start_qps
-            best = 0.0
-            for _ in range(MAX_PROBES):
-                requests = chat_requests(point.context, num_requests, qps, seed, classes)
-                if kind == "fixed":
-                    opened = rig.engine("sarathi", token_budget=point.slack_budget)
-                else:
-                    budget = SlackBudget(cost, classes[0], max_rows=max_rows)
-                    opened = rig.engine("slack", token_budget=max_rows, budget=budget)
-                with opened as engine:
-                    attained = attainment(run_live(engine, requests), requests)
-                probes.append({"kind": kind, "seed": seed, "qps": qps, "attainment": attained})
-                meter.sample(4)
-                if attained >= MIN_ATTAINMENT:
-                    best = qps
-                    qps *= FACTOR
-                elif best:
-                    break
-                else:
-                    qps /= FACTOR
-            found.append(best)
-    ratios = [b / a if a else 0.0 for a, b in zip(rates["fixed"], rates["slack"], strict=True)]
+
+    def meets(seed: int, kind: str, rung: int) -> bool:
+        qps = reference["rung_0_qps"] * FACTOR**rung
+        requests = chat_requests(
+            rig.point.context, num_requests, qps, seed, _classes(reference["step_s"])
+        )
+        attained = cells.get(
+            f"seed-{seed}.{kind}.{rung}", partial(_probe, rig, reference, kind, requests)
+        )["attainment"]
+        probes.append({"kind": kind, "seed": seed, "qps": qps, "attainment": attained})
+        return bool(attained >= MIN_ATTAINMENT)
+
+    gains = {seed: FACTOR ** gained_rungs(partial(meets, seed)) for seed in seeds}
+    readings = cells.readings()
     return Outcome(
         "sl5",
         tuple(
-            Check(f"rate slack / fixed, seed {seed}", ratio, 1.2, at_most=False)
-            for seed, ratio in zip(seeds, ratios, strict=True)
+            Check(f"rate slack / fixed, seed {seed}", gain, MIN_RATIO, at_most=False)
+            for seed, gain in gains.items()
         ),
-        {"rates_qps": rates, "probes": probes, "tbt_ms": [1e3 * one.tbt_s for one in classes]}
-        | {"fixed_step_ms": 1e3 * step_s}
-        | meter.reference_ms(),
-        meter.noise(),
+        {"probes": probes, "tbt_ms": [1e3 * one.tbt_s for one in _classes(reference["step_s"])]}
+        | {"fixed_step_ms": 1e3 * reference["step_s"]}
+        | readings.reference_ms(),
+        readings.noise(),
     )
+
+
+def gained_rungs(meets: Callable[[str, int], bool]) -> int:
+    """How many rungs the slack budget gains at least; exactly, if they are too few."""
+    failing = 0
+    while meets("fixed", failing):
+        failing += 1
+    enough = math.ceil(math.log(MIN_RATIO, FACTOR))
+    slack = failing + enough
+    if meets("slack", slack):
+        return enough
+    fixed = failing - 1
+    while fixed < 0 and not meets("fixed", fixed):
+        fixed -= 1
+    slack -= 1
+    while not meets("slack", slack):
+        slack -= 1
+    return slack - fixed
+
+
+def _reference(rig: Rig, _: NoiseMeter) -> dict[str, Any]:
+    point = rig.point
+    step_s = _full_step_s(rig)
+    config = rig.scheduler_config("sarathi", point.slack_max_rows)
+    cost = fit_step_cost(measure_steps(config, rig.executor, limit_s=PROFILE_S))
+    qps = START_SHARE * saturated_qps(point.context, point.slack_budget, step_s)
+    return {"step_s": step_s, "rung_0_qps": qps, "cost": asdict(cost)}
+
+
+def _classes(step_s: float) -> list[ServiceObjective]:
+    return [ServiceObjective(TTFT * step_s, factor * step_s) for factor in (QUICK, SLOW)]
+
+
+def _probe(
+    rig: Rig,
+    reference: Mapping[str, Any],
+    kind: str,
+    requests: Sequence[SimRequest],
+    _: NoiseMeter,
+) -> dict[str, Any]:
+    point = rig.point
+    if kind == "fixed":
+        opened = rig.engine("sarathi", token_budget=point.slack_budget)
+    else:
+        budget = SlackBudget(
+            FittedStepCost(**reference["cost"]),
+            _classes(reference["step_s"])[0],
+            max_rows=point.slack_max_rows,
+        )
+        opened = rig.engine("slack", token_budget=point.slack_max_rows, budget=budget)
+    with opened as engine:
+        return {"attainment": attainment(run_live(engine, requests), requests)}
 
 
 def _full_step_s(rig: Rig) -> float:

@@ -74,6 +74,43 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
+class Readings:
+    """What a noise meter has read."""
+
+    seconds: Mapping[str, Sequence[float]]
+    """Of each reference step, one value a repeat."""
+    full_ms_by_sample: Sequence[float]
+    """Medians of the full step."""
+    foreign_cpu_share: float
+    load_average: float
+
+    def median_s(self, name: str) -> float:
+        return float(np.median(self.seconds[name]))
+
+    def noise(self) -> Noise:
+        low, middle, high = np.percentile(self.seconds["full"], (10, 50, 90))
+        return Noise(float((high - low) / middle), self.foreign_cpu_share, self.load_average)
+
+    def reference_ms(self) -> dict[str, Any]:
+        """Medians of all samples, and of the full step sample by sample."""
+        medians = {f"{name}_step_ms": 1e3 * self.median_s(name) for name in self.seconds}
+        return medians | {"full_step_ms_by_sample": list(self.full_ms_by_sample)}
+
+
+def merged(readings: Sequence[Readings]) -> Readings:
+    """One for several runs: all their times, and the worst of their loads."""
+    return Readings(
+        {
+            name: [second for one in readings for second in one.seconds[name]]
+            for name in readings[0].seconds
+        },
+        [median for one in readings for median in one.full_ms_by_sample],
+        max(one.foreign_cpu_share for one in readings),
+        max(one.load_average for one in readings),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     name: str
     checks: Sequence[Check]
@@ -143,7 +180,8 @@ class NoiseMeter:
     """Times the same steps again and again between the measurements.
 
     `sample` runs three shapes; the spread is that of the full step, and their
-    medians are the reference times of the run.
+    medians are the reference times of the run. Without `whole_repeats` it leaves out the
+    whole prompt, which takes the longest.
     """
 
     rig: Rig
@@ -155,32 +193,35 @@ class NoiseMeter:
     def __post_init__(self) -> None:
         self._start_cpu = cpu_times_s(self.rig.placement.all_cores)
 
-    def sample(self, repeats: int = 12) -> None:
+    def sample(self, repeats: int = 12, *, whole_repeats: int = 2) -> None:
         steps = dict(reference_steps(self.rig.point))
         whole = {"whole": steps.pop("whole")}
-        for shapes, times in ((steps, repeats), (whole, 2)):
+        for shapes, times in ((steps, repeats), (whole, whole_repeats)):
+            if not times:
+                continue
             for name, seconds in time_steps(self.rig.executor, shapes, times).items():
                 self._seconds.setdefault(name, []).extend(seconds.tolist())
                 if name == "full":
                     self._full_ms.append(1e3 * float(np.median(seconds)))
 
     def median_s(self, name: str) -> float:
-        return float(np.median(self._seconds[name]))
+        return self.readings().median_s(name)
 
-    def noise(self) -> Noise:
-        low, middle, high = np.percentile(self._seconds["full"], (10, 50, 90))
+    def readings(self) -> Readings:
         cores = self.rig.placement.all_cores
         machine_s, own_s = (
             now - before for now, before in zip(cpu_times_s(cores), self._start_cpu, strict=True)
         )
         capacity_s = (time.monotonic() - self._start_s) * len(cores)
-        return Noise(
-            calibration_spread=float((high - low) / middle),
+        return Readings(
+            {name: list(seconds) for name, seconds in self._seconds.items()},
+            list(self._full_ms),
             foreign_cpu_share=max(0.0, machine_s - own_s) / capacity_s,
             load_average=os.getloadavg()[0],
         )
 
+    def noise(self) -> Noise:
+        return self.readings().noise()
+
     def reference_ms(self) -> dict[str, Any]:
-        """Medians of all samples, and of the full step sample by sample."""
-        medians = {f"{name}_step_ms": 1e3 * self.median_s(name) for name in self._seconds}
-        return medians | {"full_step_ms_by_sample": self._full_ms}
+        return self.readings().reference_ms()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan, chunk_from
+from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.request import Request
 from jaxserve.engine.scheduler.admission import (
     find_cached_pages,
@@ -81,9 +81,14 @@ class StepDraft:
         return not self._decodes and not self._prefills
 
     @property
-    def requests(self) -> list[Request]:
-        """Owners of the chunks, in the order of the plan's chunks."""
-        return self._decode_requests + self._prefill_requests
+    def decode_requests(self) -> list[Request]:
+        """Owners of the plan's decodes, in their order."""
+        return self._decode_requests
+
+    @property
+    def prefill_requests(self) -> list[Request]:
+        """Owners of the plan's prefills, in their order."""
+        return self._prefill_requests
 
     @property
     def num_sample_rows(self) -> int:
@@ -110,15 +115,11 @@ class StepDraft:
         that has to wait for the steps in flight, and nothing was added.
         """
         assert self.is_empty, "decodes come first"
-        ready, num_pages = self._decode_ready()
-        while num_pages > self._state.pages.num_available:
-            if self._in_flight:
-                return False
-            victim = self._victim()
-            if victim in ready:
-                ready.remove(victim)
-                num_pages -= self._needs_page(victim)
-            self._preempt(victim)
+        ready = self._decode_ready()
+        # There is a page for each, whether it needs one or not: the usual case.
+        has_pages = len(ready) <= self._state.pages.num_available
+        if not has_pages and not self._free_pages_for(ready):
+            return False
         self._add_ready(ready)
         self._room.take_decodes(len(ready))
         return True
@@ -189,6 +190,7 @@ class StepDraft:
         cached_pages = find_cached_pages(self._state, request)
         start = len(cached_pages) * self._config.page_size
         request.num_prefill_tokens = request.num_tokens
+        request.max_computed_tokens = request.num_prompt_tokens + request.max_tokens - 1
         num_tokens = self._room.prefill_tokens(request, start)
         if num_tokens == 0 or not self._may_be_cut(request, num_tokens, start):
             return False
@@ -221,32 +223,38 @@ class StepDraft:
             preempted=tuple(self._preempted),
         )
 
-    def _decode_ready(self) -> tuple[list[Request], int]:
-        """Requests that can decode now, and how many pages they need for it."""
-        page_size, most = self._config.page_size, self._room.num_seqs
-        chained = self._config.chain_decodes
-        ready: list[Request] = []
-        num_pages = 0
-        for request in self._state.running.values():
-            position = request.num_computed_tokens
-            if position < request.num_prefill_tokens:
-                continue
-            if len(request.output_token_ids) + request.num_pending_tokens >= request.max_tokens:
-                continue
-            if request.num_in_flight_steps and not chained:
-                continue
-            if len(ready) == most:
-                break
-            ready.append(request)
-            if position == len(request.page_ids) * page_size:
-                num_pages += 1
-        return ready, num_pages
+    def _decode_ready(self) -> list[Request]:
+        """Requests that can decode now."""
+        ready = [
+            r
+            for r in self._state.running.values()
+            if r.num_prefill_tokens <= r.num_computed_tokens < r.max_computed_tokens
+        ]
+        if not self._config.chain_decodes:
+            ready = [request for request in ready if not request.num_in_flight_steps]
+        most = self._room.num_seqs
+        return ready[:most] if len(ready) > most else ready
+
+    def _free_pages_for(self, ready: list[Request]) -> bool:
+        """Preempts until there are pages for the decodes of `ready`, which loses the victims.
+
+        False: that has to wait for the steps in flight.
+        """
+        num_pages = sum(map(self._needs_page, ready))
+        while num_pages > self._state.pages.num_available:
+            if self._in_flight:
+                return False
+            victim = self._victim()
+            if victim in ready:
+                ready.remove(victim)
+                num_pages -= self._needs_page(victim)
+            self._preempt(victim)
+        return True
 
     def _can_decode(self, request: Request) -> bool:
         """As in `_decode_ready`, for one request whose prefill is complete."""
-        num_output = len(request.output_token_ids) + request.num_pending_tokens
         returned = self._config.chain_decodes or not request.num_in_flight_steps
-        return returned and num_output < request.max_tokens
+        return returned and request.num_computed_tokens < request.max_computed_tokens
 
     def _victim(self) -> Request:
         """The youngest running request of the lowest class."""
@@ -277,19 +285,18 @@ class StepDraft:
 
         One loop without calls: it runs for every sequence in every step.
         """
-        page_size, add_chunk = self._config.page_size, self._decodes.append
+        page_size, add_chunk, new = self._config.page_size, self._decodes.append, tuple.__new__
         no_pages: tuple[int, ...] = ()
         for request in requests:
             position = request.num_computed_tokens
             new_pages = no_pages
-            if position == len(request.page_ids) * page_size:
+            if not position % page_size and position == len(request.page_ids) * page_size:
                 new_pages = tuple(self._state.pages.allocate(1))
                 request.page_ids.extend(new_pages)
             add_chunk(
-                chunk_from((request.request_id, request.slot, position, 1, (), True, new_pages, ()))
+                new(Chunk, (request.request_id, request.slot, position, 1, (), True, new_pages, ()))
             )
             request.num_computed_tokens = position + 1
-            request.num_pending_tokens += 1
             request.num_in_flight_steps += 1
         self._decode_requests.extend(requests)
 
@@ -327,7 +334,6 @@ class StepDraft:
         self._prefill_requests.append(request)
         self._room.take_chunk(chunk)
         request.num_computed_tokens = end
-        request.num_pending_tokens += chunk.samples
         request.num_in_flight_steps += 1
 
     def _take_slot(self, request: Request, cached_pages: list[int], num_new_pages: int) -> None:

@@ -13,6 +13,8 @@ releases pages and slots (`SchedulerState.release`).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from itertools import count
 from typing import NamedTuple
 
 from jaxserve.engine.pages import PagePool
@@ -22,7 +24,6 @@ from jaxserve.engine.request import (
     Request,
     TokenLogprobs,
     TokenUpdate,
-    update_from,
 )
 from jaxserve.engine.scheduler.admission import page_key_at
 from jaxserve.engine.scheduler.budget import StepBudget, TokenBudget
@@ -33,6 +34,7 @@ from jaxserve.engine.scheduler.state import SchedulerState
 from jaxserve.engine.scheduler.updates import (
     ResultReader,
     finish_reason_after,
+    num_plain_outputs,
     read_prompt_logprobs,
 )
 from jaxserve.errors import ConfigError, InvalidRequest
@@ -40,9 +42,10 @@ from jaxserve.errors import ConfigError, InvalidRequest
 
 class _InFlight(NamedTuple):
     plan: StepPlan
-    requests: list[Request]
-    """Owners of the plan's chunks. Kept here rather than looked up by id, since
-    an id may be used again while a finished request still is in flight."""
+    decoding: list[Request]
+    """Owners of the plan's decodes, as `prefilling` of its prefills. Kept here rather than
+    looked up by id, since an id may be used again while a finished request still is in flight."""
+    prefilling: list[Request]
     num_sample_rows: int
     planned_s: float
 
@@ -163,7 +166,15 @@ class Scheduler:
         plan = draft.finish(self._next_step_id)
         if plan is not None:
             self._next_step_id += 1
-            self._in_flight.append(_InFlight(plan, draft.requests, draft.num_sample_rows, now_s))
+            self._in_flight.append(
+                _InFlight(
+                    plan,
+                    draft.decode_requests,
+                    draft.prefill_requests,
+                    draft.num_sample_rows,
+                    now_s,
+                )
+            )
         return plan
 
     def commit(self, plan: StepPlan, results: StepResults, now_s: float) -> list[TokenUpdate]:
@@ -175,23 +186,21 @@ class Scheduler:
         """
         if not self._in_flight or self._in_flight[0].plan.step_id != plan.step_id:
             raise ValueError(f"step {plan.step_id} is not the oldest in flight")
-        _, requests, num_sample_rows, _ = self._in_flight[0]
+        _, decoding, prefilling, num_sample_rows, _ = self._in_flight[0]
         if results.step_id != plan.step_id or len(results.token_ids) != num_sample_rows:
             raise ValueError(f"results of step {results.step_id} don't fit plan {plan.step_id}")
         step_s = now_s - self._oldest_started_s()
         self._last_commit_s = now_s
         self._in_flight.popleft()
         reader = ResultReader(results)
-        row, updates = 0, []
-        for request, chunk in zip(requests, plan.chunks, strict=True):
-            request.num_in_flight_steps -= 1
-            if request.finish_reason is None:
+        updates = self._commit_decodes(decoding, plan.decodes, reader, now_s)
+        row = len(decoding)
+        for request, chunk in zip(prefilling, plan.prefills, strict=True):
+            if self._takes_result(request):
                 update = self._commit_chunk(request, chunk, reader, row, now_s)
                 if update is not None:
                     updates.append(update)
-            elif not request.num_in_flight_steps:
-                self._state.release(request)
-            row += len(chunk.logprob_targets) + chunk.samples
+            row += chunk.num_sample_rows
         self.policy.committed(plan, step_s)
         return updates
 
@@ -209,6 +218,7 @@ class Scheduler:
                 return None
             self._state.retire(request)
         request.finish_reason = reason
+        request.num_plain_outputs = len(request.output_token_ids)
         return request
 
     def check_integrity(self) -> None:
@@ -227,51 +237,95 @@ class Scheduler:
             return self._last_commit_s
         return max(self._in_flight[0].planned_s, self._last_commit_s)
 
+    def _takes_result(self, request: Request) -> bool:
+        """Counts a step of `request` as returned; False if it has finished meanwhile, and then
+        lets go of what it held for its steps in flight."""
+        request.num_in_flight_steps -= 1
+        if request.finish_reason is None:
+            return True
+        if not request.num_in_flight_steps:
+            self._state.release(request)
+        return False
+
+    def _commit_decodes(
+        self, requests: list[Request], chunks: Sequence[Chunk], reader: ResultReader, now_s: float
+    ) -> list[TokenUpdate]:
+        """As `_commit_chunk` for each decode, whose usual case makes no call: it runs for every
+        sequence in every step."""
+        new_update, none = tuple.__new__, ()
+        updates: list[TokenUpdate] = []
+        for request, token_id, row in zip(requests, reader.token_ids, count()):
+            output = request.output_token_ids
+            if len(output) == request.num_plain_outputs or token_id in request.special_token_ids:
+                if self._takes_result(request):
+                    updates.append(self._commit_token(request, chunks[row], reader, row, now_s))
+                continue
+            request.num_in_flight_steps -= 1
+            request.last_token_s = now_s
+            output.append(token_id)
+            fields = (request, (token_id,), none, none, None, None)
+            updates.append(new_update(TokenUpdate, fields))
+        return updates
+
     def _commit_chunk(
         self, request: Request, chunk: Chunk, reader: ResultReader, row: int, now_s: float
     ) -> TokenUpdate | None:
-        """What a chunk, whose rows begin at `row`, gave. Runs for every sequence
-        in every step, so that the usual case makes no call."""
-        _, _, start, num_tokens, _, samples, _, targets = chunk
-        if reader.lacks_tokens and NO_TOKEN in reader.token_ids[row : row + len(targets) + samples]:
-            self.finish(request.request_id, FinishReason.ERROR)
-            return TokenUpdate(request, (), (), (), FinishReason.ERROR)
-        num_full_pages = (start + num_tokens) // self._page_size
-        if num_full_pages > request.num_registered_pages:
-            self._register_pages(request, num_full_pages)
+        """What a prefill chunk, whose rows begin at `row`, gave."""
+        targets = chunk.logprob_targets
+        if NO_TOKEN in reader.token_ids[row : row + len(targets)]:
+            return self._failed(request)
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if targets:
             prompt_logprobs = read_prompt_logprobs(reader, request, chunk, row)
+        if chunk.samples:
             row += len(targets)
-        if not samples:
-            return TokenUpdate(request, (), (), prompt_logprobs, None) if targets else None
+            return self._commit_token(request, chunk, reader, row, now_s, prompt_logprobs)
+        self._register_pages(request, chunk)
+        return TokenUpdate(request, (), (), prompt_logprobs, None) if targets else None
+
+    def _commit_token(
+        self,
+        request: Request,
+        chunk: Chunk,
+        reader: ResultReader,
+        row: int,
+        now_s: float,
+        prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> TokenUpdate:
+        """The token that `row`, the chunk's last, gave."""
         token_id = reader.token_ids[row]
-        output = request.output_token_ids
-        output.append(token_id)
-        request.num_pending_tokens -= 1
+        if token_id == NO_TOKEN:
+            return self._failed(request)
+        self._register_pages(request, chunk)
+        request.output_token_ids.append(token_id)
         request.last_token_s = now_s
-        num_top = request.generation.sampling.logprobs
+        num_top = request.sampling.logprobs
         logprobs = () if num_top is None else (reader.logprobs(row, num_top),)
-        if token_id not in request.stop_token_ids and len(output) < request.max_tokens:
-            return update_from((request, (token_id,), logprobs, prompt_logprobs, None, None))
         reason = finish_reason_after(request, token_id)
-        if reason is not None:
+        if reason is None:
+            request.num_plain_outputs = num_plain_outputs(request, self._page_size)
+        else:
             self.finish(request.request_id, reason)
         stop_token_id = token_id if reason is FinishReason.STOP else None
         return TokenUpdate(request, (token_id,), logprobs, prompt_logprobs, reason, stop_token_id)
 
-    def _register_pages(self, request: Request, num_pages: int) -> None:
-        """Offers pages that this commit completed to the prefix cache."""
+    def _failed(self, request: Request) -> TokenUpdate:
+        self.finish(request.request_id, FinishReason.ERROR)
+        return TokenUpdate(request, (), (), (), FinishReason.ERROR)
+
+    def _register_pages(self, request: Request, chunk: Chunk) -> None:
+        """Offers pages that this chunk completed to the prefix cache."""
+        size = self._page_size
+        num_pages = (chunk.start + chunk.num_tokens) // size
         if self.config.prefix_caching:
-            size, generation = self._page_size, request.generation
+            generation = request.generation
             for index in range(request.num_registered_pages, num_pages):
                 token_ids = request.known_token_ids(index * size, (index + 1) * size)
-                key = page_key_at(request, index, token_ids)
                 self._state.pages.register(
                     request.page_ids[index],
-                    key,
+                    page_key_at(request, index, token_ids),
                     token_ids,
                     salt=generation.cache_salt,
                     owner=generation.account.cache_owner,
                 )
-        request.num_registered_pages = num_pages
+        request.num_registered_pages = max(request.num_registered_pages, num_pages)

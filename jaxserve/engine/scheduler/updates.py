@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxserve.engine.plan import NO_TOKEN, Chunk, StepResults
+from jaxserve.engine.plan import Chunk, StepResults
 from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
 
 
@@ -16,8 +16,7 @@ class ResultReader:
     def __init__(self, results: StepResults) -> None:
         self._results = results
         self.token_ids: list[int] = results.token_ids.tolist()
-        self.lacks_tokens = NO_TOKEN in self.token_ids
-        """Some row had no finite logits."""
+        """`NO_TOKEN` where a row had no finite logits."""
 
     def logprobs(self, row: int, num_top: int) -> TokenLogprobs:
         """Logprobs of a row's token, with the `num_top` most likely ones."""
@@ -51,3 +50,15 @@ def finish_reason_after(request: Request, token_id: int) -> FinishReason | None:
     if num_output >= request.max_tokens:
         return FinishReason.LENGTH
     return None
+
+
+def num_plain_outputs(request: Request, page_size: int) -> int:
+    """Output tokens of a decoding request up to which its decodes give a token and nothing else.
+
+    The decode after that completes a page, reports logprobs or gives the last token.
+    """
+    num_output = len(request.output_token_ids)
+    if request.sampling.logprobs is not None:
+        return num_output
+    num_to_page_end = -request.num_tokens % page_size
+    return min(num_output + num_to_page_end, request.max_tokens - 1)

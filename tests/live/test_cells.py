@@ -1,0 +1,99 @@
+"""Parts in several runs: what is kept, what a search over cells asks for, what it concludes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from tools.policy_evaluation.capacity import MAX_RUNGS, highest_rung
+from tools.policy_evaluation.cells import Cells, UnfinishedError
+from tools.policy_evaluation.rig import Rig
+from tools.policy_evaluation.slack import gained_rungs
+from tools.policy_evaluation.verdict import MAX_SPREAD, Readings
+
+NO_RIG = cast(Rig, None)
+"""Kept cells need no engine."""
+
+
+def readings(*full_s: float, foreign: float = 0.0) -> Readings:
+    return Readings({"full": full_s, "decode": (0.01,)}, [1e3 * full_s[0]], foreign, 0.5)
+
+
+def keep(folder: Path, key: str, value: Readings) -> None:
+    record = {"figures": {"key": key}, "readings": asdict(value)}
+    (folder / f"sl9.{key}.json").write_text(json.dumps(record))
+
+
+def test_a_kept_cell_is_not_measured_again(tmp_path: Path) -> None:
+    keep(tmp_path, "a", readings(0.050, 0.051))
+    cells = Cells(NO_RIG, "sl9", tmp_path, last_start_s=0.0)
+    assert cells.get("a", pytest.fail) == {"key": "a"}
+    with pytest.raises(UnfinishedError, match="sl9: b "):
+        cells.get("b", pytest.fail)
+    # Cells of another part are not this one's.
+    with pytest.raises(UnfinishedError):
+        Cells(NO_RIG, "sl8", tmp_path, last_start_s=0.0).get("a", pytest.fail)
+
+
+def test_the_noise_is_that_of_all_cells_together(tmp_path: Path) -> None:
+    """Each was quiet, but the machine was half as fast again for one of them."""
+    keep(tmp_path, "a", readings(0.050, 0.051, 0.050))
+    keep(tmp_path, "b", readings(0.075, 0.076, 0.075, foreign=0.09))
+    cells = Cells(NO_RIG, "sl9", tmp_path, last_start_s=0.0)
+    cells.get("a", pytest.fail)
+    assert not cells.noise().void_reasons()
+    cells.get("b", pytest.fail)
+    assert cells.noise().calibration_spread > MAX_SPREAD
+    assert cells.noise().foreign_cpu_share == 0.09
+    assert len(cells.readings().full_ms_by_sample) == 2
+
+
+def up_to(highest: int, asked: list[int]) -> Callable[[int], bool]:
+    def meets(rung: int) -> bool:
+        asked.append(rung)
+        return rung <= highest
+
+    return meets
+
+
+@pytest.mark.parametrize(
+    ("highest", "found", "rungs"),
+    [(2, 2, [0, 1, 2, 3]), (-2, -2, [0, -1, -2]), (0, 0, [0, 1])],
+)
+def test_the_highest_rung(highest: int, found: int, rungs: list[int]) -> None:
+    asked: list[int] = []
+    assert highest_rung(up_to(highest, asked), 0) == found
+    assert asked == rungs
+
+
+def test_a_ladder_ends() -> None:
+    asked: list[int] = []
+    assert highest_rung(up_to(-100, asked), 0) is None
+    assert len(asked) == MAX_RUNGS
+    assert highest_rung(up_to(100, []), 0) == MAX_RUNGS - 1
+
+
+@pytest.mark.parametrize(
+    ("fixed", "slack", "gain", "num_probes"),
+    [
+        (-1, 5, 2, 2),  # Enough at once: how much more is not asked.
+        (1, 4, 2, 4),
+        (1, 2, 1, 6),
+        (-3, -2, 1, 9),
+        (0, -1, -1, 7),
+    ],
+)
+def test_rungs_gained(fixed: int, slack: int, gain: int, num_probes: int) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def meets(kind: str, rung: int) -> bool:
+        asked.append((kind, rung))
+        return rung <= (fixed if kind == "fixed" else slack)
+
+    assert gained_rungs(meets) == gain
+    assert len(asked) == num_probes

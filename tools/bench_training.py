@@ -30,11 +30,13 @@ from checkpoint.param_loading import export_tensors
 from jaxserve.trainer.allocator import allocator_environment
 from models.hf_config import config_from_hf
 from models.registry import get_family
+from tools.peers.environment import PeerEnvironment
 from tools.training_speed.case import CASES, Case
 
 ROOT = Path(__file__).resolve().parent.parent
-PEER_ENVIRONMENT = ROOT / "build" / "training_peer"
-PEER_PACKAGES = ("torch==2.13.0", "transformers==5.23.0", "numpy")
+PEER_ENVIRONMENT = PeerEnvironment(
+    ROOT / "build" / "training_peer", ("torch==2.13.0", "transformers==5.23.0", "numpy")
+)
 OURS = "jaxserve"
 PEERS = {"torch eager": "eager", "torch compile": "compile"}
 MAX_LOSS_DIFFERENCE = 2e-3
@@ -102,22 +104,11 @@ def main() -> None:
     if unknown:
         parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
     if set(args.engines) & set(PEERS):
-        make_peer_environment()
+        PEER_ENVIRONMENT.make()
     # Inherited by the engines.
     os.sched_setaffinity(0, cores_of(args.threads))
     results = [run_case(CASES[name], args) for name in args.cases]
     print(json.dumps(results, indent=2) if args.json else "\n".join(map(text_of, results)))
-
-
-def make_peer_environment() -> None:
-    """The peers' own packages; nothing is done if they are there."""
-    done = PEER_ENVIRONMENT / "packages.json"
-    if done.is_file() and json.loads(done.read_text()) == list(PEER_PACKAGES):
-        return
-    python = PEER_ENVIRONMENT / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(PEER_ENVIRONMENT)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", *PEER_PACKAGES], check=True)
-    done.write_text(json.dumps(PEER_PACKAGES))
 
 
 def cores_of(num_threads: int) -> list[int]:
@@ -153,7 +144,7 @@ def command_of(name: str, folder: str, args: argparse.Namespace) -> list[str]:
     """What starts an engine."""
     if name == OURS:
         return [sys.executable, "-m", "tools.training_speed.jax_engine", folder, args.options]
-    python = str(PEER_ENVIRONMENT / "bin" / "python")
+    python = str(PEER_ENVIRONMENT.python)
     module = "tools.training_speed.torch_engine"
     return [python, "-m", module, folder, PEERS[name], str(args.threads)]
 
@@ -162,7 +153,7 @@ def environment_of(name: str, args: argparse.Namespace) -> dict[str, str]:
     """Ours runs as trainers do; peers as they come, or with the same allocator if asked."""
     is_peer = name in PEERS
     allocator = {} if is_peer and not args.tune_peers else allocator_environment({})
-    return allocator | {"TORCHINDUCTOR_CACHE_DIR": str(PEER_ENVIRONMENT / "inductor")}
+    return allocator | {"TORCHINDUCTOR_CACHE_DIR": str(PEER_ENVIRONMENT.folder / "inductor")}
 
 
 def write_inputs(case: Case, folder: Path) -> None:

@@ -40,7 +40,7 @@ test: lint typecheck ## Lint, types and the fast tests
 	$(PYTEST)
 
 test-long: $(STAMP) ## The tests that take minutes
-	$(PYTEST) -m long --timeout 900
+	$(PYTEST) --no-loadscope-reorder -m long --timeout 900
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

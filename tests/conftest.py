@@ -9,6 +9,26 @@ from pathlib import Path
 import pytest
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+SLOWEST_FILES = (
+    "trainer/test_real_runs.py",
+    "real/test_smollm2_engine.py",
+    "server/test_server_leaks.py",
+    "trainer/numerics/test_numerics_bits.py",
+    "step/test_meshes.py",
+    "engine/test_engine_flags.py",
+    "migration/test_damage.py",
+    "group/test_group_server.py",
+    "step/test_families.py",
+)
+"""Of the long tests. A file's tests stay together, so that one of these at the end would keep a
+worker long after the others have nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the slowest files."""
+    folder = Path(__file__).parent
+    rank = {folder / name: index for index, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -52,9 +52,10 @@ def devices() -> Arrangements:
 
 
 def shardings() -> Arrangements:
-    """Every split of the state."""
-    split = [(number, kind) for number in (1, 2, 4, 6, 7, 8) for kind in ("zero1", "fsdp")]
-    return same_run(3, [(1, "replicated"), *split])
+    """Splits of the state that divide it evenly, unevenly, and not at all."""
+    split = {"zero1": (2, 7, 8), "fsdp": (1, 4, 6, 8)}
+    arrangements = [(number, kind) for kind, numbers in split.items() for number in numbers]
+    return same_run(3, [(1, "replicated"), *arrangements])
 
 
 def weights() -> Arrangements:

@@ -12,7 +12,7 @@ UV := $(BIN)/uv
 # uv is named in full, so that it works on this environment and no other.
 UV_PIP := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip
 
-.PHONY: help setup demo test test-long lint format typecheck protos goldens locks wheel clean
+.PHONY: help setup native native-sanitize demo test test-long lint format typecheck protos goldens locks wheel clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,18 @@ $(STAMP): $(UV) requirements/dev.txt pyproject.toml
 	$(UV_PIP) sync --quiet --require-hashes --compile-bytecode requirements/dev.txt
 	$(UV_PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+NATIVE := models/ops/native_kernels
+NATIVE_STAMP := $(VENV)/.native
+
+native: $(NATIVE_STAMP) ## Compile and install the native CPU kernels (C++17 compiler, or the ziglang wheel)
+
+$(NATIVE_STAMP): $(STAMP) $(wildcard $(NATIVE)/src/* $(NATIVE)/*.py $(NATIVE)/*/*.py) $(NATIVE)/pyproject.toml
+	$(UV_PIP) install --quiet --no-deps --no-build-isolation --reinstall ./$(NATIVE)
+	@touch $@
+
+native-sanitize: $(STAMP) ## The kernels' own test with ASan and UBSan
+	$$($(BIN)/python $(NATIVE)/build_kernels.py --out build/native-sanitize --sanitize)
 
 demo: $(STAMP) ## Serve the default model, stream an answer over gRPC, print TTFT and TPOT
 	$(BIN)/python tools/demo.py

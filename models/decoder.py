@@ -12,6 +12,8 @@ Parameters are a nested dict of arrays without empty leaves::
      "layers": {...: [L, ...]},                        # see the family's file
      "final_norm": {"scale": [E], "bias"?: [E]},
      "lm_head": [E, V]}                                # only when embeddings are not tied
+
+Laid out for the native CPU kernels they differ, see `models.native_layout`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.gpu_layout import fuse_layer, is_fused
 from models.layers import INIT_STDDEV, BranchOutput, LayerAttend
-from models.ops.linear import attach_adapters, attach_scales, attach_shard
+from models.ops.linear import (
+    attach_adapters,
+    attach_packed,
+    attach_scales,
+    attach_shard,
+    drop_kernels,
+)
 from models.ops.norm import LayerNorm, RmsNorm, ZeroCentredRmsNorm
 from models.ops.precision import matmul_precision
 from models.ops.rope import Rope, layer_rope
@@ -152,7 +160,8 @@ class Decoder:
         Returns:
             `(x [T, E], cache)`.
         """
-        graph = _layer_graph(self, config, is_fused(params))
+        packed = params.get("packed_kernels", {})
+        graph = _layer_graph(self, config, is_fused(params), bool(packed))
         rope_of = layer_rope(config, positions)
         if self.learns_positions:
             placed = x + jnp.take(params["position_embed"], positions, axis=0, mode="clip")
@@ -168,6 +177,8 @@ class Decoder:
             state, layer_scales, layer_adapters, layer_index = layer_inputs
             layer: Any = nnx.merge(graph, state)
             attach_scales(layer, layer_scales)
+            # The packed kernels stay whole: to slice a layer's out would copy them.
+            attach_packed(layer, packed, layer_index - first_layer)
             if shard is not None:
                 attach_shard(layer, shard)
             if hooks.lora is not None:
@@ -203,6 +214,9 @@ class Decoder:
         are whole on each device.
         """
         norm: Any = nnx.merge(_norm_graph(self, config), params["final_norm"])
+        if "packed_head" in params:
+            product: jax.Array = params["packed_head"].multiply(norm(x), 0, jnp.float32)
+            return product
         if config.tie_word_embeddings:
             head, head_axes = params["embed"], "ve"
         else:
@@ -228,13 +242,17 @@ class Decoder:
 
 
 @lru_cache(maxsize=32)
-def _layer_graph(decoder: Decoder, config: ModelConfig, fused: bool) -> nnx.GraphDef[nnx.Module]:
+def _layer_graph(
+    decoder: Decoder, config: ModelConfig, fused: bool, packed: bool
+) -> nnx.GraphDef[nnx.Module]:
     """The layer's structure without arrays; the dtype lives in the arrays alone."""
 
     def make_layer() -> nnx.Module:
         layer = decoder.make_layer(config, jnp.float32, nnx.Rngs(0))
         if fused:
             fuse_layer(layer)
+        if packed:
+            drop_kernels(layer)
         return layer
 
     return nnx.split(nnx.eval_shape(make_layer))[0]

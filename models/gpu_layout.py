@@ -57,11 +57,12 @@ def _fuse(module: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_fused(params: Params) -> bool:
-    """Whether projections are side by side, by `lay_out_for_gpu` or because the model has them
-    so."""
+    """Whether projections are side by side, by `lay_out_for_gpu`, by `models.native_layout` or
+    because the model has them so."""
     return any(
         name in part
-        for part in params["layers"].values()
+        for group in ("layers", "packed_kernels")
+        for part in params.get(group, {}).values()
         if isinstance(part, dict)
         for name in FUSED_PROJECTIONS
     )

@@ -58,12 +58,16 @@ class GgufFile:
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor's values: a new float32 array when it is stored quantised, else
         a read-only view of the file in its own dtype."""
-        entry = self._entry(name)
-        raw = np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.offset)
+        entry, raw = self._entry(name), self.raw(name)
         plain = PLAIN_DTYPES.get(entry.type)
         if plain is not None:
             return raw.view(plain).reshape(entry.shape)
         return decode_rows(raw, entry.shape[-1], entry.type).reshape(entry.shape)
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes in the file, a read-only view."""
+        entry = self._entry(name)
+        return np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.offset)
 
     def location(self, name: str) -> TensorLocation:
         """Where the bytes of `name` lie."""

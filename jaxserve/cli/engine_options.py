@@ -22,10 +22,12 @@ import typer
 
 from jaxserve.engine.config import (
     DTYPES,
+    KERNELS,
     KV_CACHE_DTYPES,
     POLICIES,
     QUANTIZATIONS,
     STEP_BUDGETS,
+    WEIGHT_FORMATS,
     EngineConfig,
 )
 from models.mesh_shape import MeshError, MeshShape, parse_mesh
@@ -113,6 +115,24 @@ ENGINE_OPTIONS: dict[str, Any] = {
             help="Keeps the projections' weights in fewer bits: int8 or int4. Less memory; the "
             "cost in quality is in docs/models.md.",
             autocompletion=_complete_from(QUANTIZATIONS),
+            rich_help_panel=_MODEL,
+        ),
+    ],
+    "weights_format": Annotated[
+        str,
+        typer.Option(
+            help="native keeps a GGUF file's own 4- and 8-bit codes, for the native CPU kernels; "
+            "float turns them into numbers of --dtype.",
+            autocompletion=_complete_from(WEIGHT_FORMATS),
+            rich_help_panel=_MODEL,
+        ),
+    ],
+    "kernels": Annotated[
+        str,
+        typer.Option(
+            help="What multiplies on a CPU: native, xla or auto (native where `make native` has "
+            "installed it and it runs the model).",
+            autocompletion=_complete_from(KERNELS),
             rich_help_panel=_MODEL,
         ),
     ],

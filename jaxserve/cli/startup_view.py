@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from jaxserve.engine.memory_plan import format_bytes
 
 if TYPE_CHECKING:
     from jaxserve.engine.encoder.startup import EncoderReport
+    from jaxserve.engine.settings import EngineSettings
     from jaxserve.engine.startup import StartupReport
     from models.mesh_shape import MeshShape
 
@@ -47,8 +49,9 @@ def _settings_table(report: StartupReport) -> Table:
         "device": report.device,
         "mesh": _mesh_text(settings.mesh),
         "dtype": settings.dtype.name,
-        "weights": settings.quantization or settings.dtype.name,
+        "weights": _weights_text(settings),
         "keys and values": settings.kv_quantization or settings.dtype.name,
+        "kernels": _kernels_text(settings),
         "attention": settings.attention.name,
         "policy": scheduler.policy,
         "token budget": str(scheduler.token_budget),
@@ -60,6 +63,22 @@ def _settings_table(report: StartupReport) -> Table:
         "prefix cache": "on" if scheduler.prefix_caching else "off",
     }
     return _rows_table("settings", rows)
+
+
+def _weights_text(settings: EngineSettings) -> str:
+    native = settings.native
+    if native is None or native.file_kinds is None:
+        return settings.quantization or settings.dtype.name
+    kinds = Counter(kind.name for _, kind in native.file_kinds)
+    held = ", ".join(f"{name} ({count} kinds of matrices)" for name, count in kinds.items())
+    return f"as in the file: {held}"
+
+
+def _kernels_text(settings: EngineSettings) -> str:
+    native = settings.native
+    if native is None:
+        return "xla"
+    return f"native: {native.instruction_set}, {native.num_threads} threads"
 
 
 def _mesh_text(mesh: MeshShape) -> str:

@@ -22,6 +22,8 @@ POLICIES = (
 )
 QUANTIZATIONS = ("none", "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8_e4m3")
+KERNELS = ("auto", "native", "xla")
+WEIGHT_FORMATS = ("float", "native")
 STEP_BUDGETS = ("tokens", "time", "slack")
 
 
@@ -41,6 +43,12 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     """Of keys and values. auto: that of `dtype`. int8 and fp8_e4m3 keep a scale for each head of
     each token."""
+    weights_format: str = "float"
+    """native: the projections of a GGUF file keep its own codes, where the native kernels have a
+    layout for their type; float: they become numbers of `dtype`."""
+    kernels: str = "auto"
+    """What multiplies on a CPU: the native kernels or XLA's. auto: the native ones where they are
+    installed and run the model as it is asked for."""
     mesh: MeshShape = ONE_DEVICE
     """Devices that serve the model. Slots, pages and token budget are those of one replica."""
     virtual_devices: int | None = None
@@ -91,6 +99,7 @@ class EngineConfig:
                 f"--kv-cache-dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not "
                 f"{self.kv_cache_dtype!r}"
             )
+        self._check_kernels()
         if self.policy not in POLICIES:
             raise ConfigError(f"--policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         if isinstance(self.buckets, str) and self.buckets not in ("auto", "one"):
@@ -114,6 +123,17 @@ class EngineConfig:
         for name in ("max_queued_requests", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be positive")
+
+    def _check_kernels(self) -> None:
+        if self.kernels not in KERNELS:
+            raise ConfigError(
+                f"--kernels must be one of {', '.join(KERNELS)}, not {self.kernels!r}"
+            )
+        if self.weights_format not in WEIGHT_FORMATS:
+            raise ConfigError(
+                f"--weights-format must be one of {', '.join(WEIGHT_FORMATS)}, not "
+                f"{self.weights_format!r}"
+            )
 
     def _check_objectives(self) -> None:
         if self.step_budget not in STEP_BUDGETS:

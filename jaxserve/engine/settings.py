@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.memory_plan import bytes_per_device, choose_num_pages
+from jaxserve.engine.native_settings import FileKinds, NativeSettings, resolve_native
 from jaxserve.engine.request import ServiceObjective
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.deadlines import DEFAULT_OBJECTIVE
@@ -23,6 +24,7 @@ from models.config import ModelConfig
 from models.decoder import Params
 from models.gpu_layout import shapes_on_gpu
 from models.mesh_shape import ONE_DEVICE, MeshShape
+from models.native_layout import native_shapes
 from models.ops.attention.kv_pool import storage_dtype
 from models.ops.attention.registry import AttentionImplementation, select
 from models.ops.attention.work import AttentionTiling
@@ -91,6 +93,8 @@ class EngineSettings:
     """Of the projections' weights, one of `models.ops.quantized.FORMATS`."""
     kv_quantization: str | None = None
     """Of keys and values, one of `kv_quantization.FORMATS`."""
+    native: NativeSettings | None = None
+    """None where XLA multiplies."""
     sharding: ModelSharding | None = None
     """On more devices than `device`; None on one."""
     lays_out_for_gpu: bool = False
@@ -113,6 +117,8 @@ class EngineSettings:
 
     def abstract_params(self) -> Params:
         """The weights as they are served, as `jax.ShapeDtypeStruct`."""
+        if self.native is not None:
+            return _native_shapes(self.model_config, self.dtype, self.native)
         shapes = _served_shapes(self.model_config, self.dtype, self.quantization, self.sharding)
         return shapes_on_gpu(shapes) if self.lays_out_for_gpu else shapes
 
@@ -135,19 +141,23 @@ class EngineSettings:
 
 
 def resolve_settings(
-    config: EngineConfig, model_config: ModelConfig, device: jax.Device
+    config: EngineConfig,
+    model_config: ModelConfig,
+    device: jax.Device,
+    file_kinds: FileKinds | None = None,
 ) -> EngineSettings:
     """Fills in every "auto". A mesh takes the first devices of `device`'s platform.
+
+    Args:
+        config: what was asked for.
+        model_config: of the model.
+        device: on which it runs.
+        file_kinds: of the file's codes, for `weights_format` "native".
 
     Raises ConfigError or MeshError naming the flag to change.
     """
     defaults = _DEFAULTS.get(device.platform, ACCELERATOR_DEFAULTS)
     dtype = jnp.dtype(defaults.dtype if config.dtype == "auto" else config.dtype)
-    try:
-        attention = select(config.attention, device.platform, _compute_capability(device))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    kv_quantization = _kv_quantization(config, attention)
     model_limit = model_config.max_position_embeddings
     max_model_len = config.max_model_len or min(model_limit, defaults.max_model_len)
     if max_model_len > model_limit:
@@ -160,7 +170,14 @@ def resolve_settings(
     sharding = None
     if config.mesh.num_devices > 1:
         sharding = make_sharding(model_config, config.mesh, jax.devices(device.platform))
-    weights_bytes = bytes_per_device(_served_shapes(model_config, dtype, quantization, sharding))
+    native = resolve_native(config, model_config, device, dtype, file_kinds)
+    attention = _attention(config, device, native)
+    kv_quantization = _kv_quantization(config, attention)
+    weights_bytes = bytes_per_device(
+        _served_shapes(model_config, dtype, quantization, sharding)
+        if native is None
+        else _native_shapes(model_config, dtype, native)
+    )
     num_pages = choose_num_pages(
         model_config if sharding is None else sharding.served_config,
         page_size=config.page_size,
@@ -202,6 +219,7 @@ def resolve_settings(
         has_tbt_objective=config.slo_tbt_ms is not None,
         quantization=quantization,
         kv_quantization=kv_quantization,
+        native=native,
         sharding=sharding,
         # On a mesh a device's columns of the three are not side by side in the whole matrix.
         lays_out_for_gpu=defaults.lays_out_for_gpu and sharding is None,
@@ -265,6 +283,11 @@ def _served_shapes(
     return sharding.abstract_params(abstract)
 
 
+def _native_shapes(model_config: ModelConfig, dtype: np.dtype, native: NativeSettings) -> Params:
+    abstract = get_family(model_config.family).abstract_params(model_config, dtype)
+    return native_shapes(abstract, model_config, native.kind_of)
+
+
 def _resolve_rows(
     config: EngineConfig, defaults: PlatformDefaults
 ) -> tuple[int, int, tuple[int, ...]]:
@@ -311,6 +334,25 @@ def _with_policy_rows(scheduler: SchedulerConfig, config: EngineConfig) -> Sched
     return replace(
         scheduler, buckets=(*buckets, num_rows), token_budget=config.token_budget or num_rows
     )
+
+
+def _attention(
+    config: EngineConfig, device: jax.Device, native: NativeSettings | None
+) -> AttentionImplementation:
+    """Raises ConfigError if the platform hasn't got what was asked for."""
+    name = config.attention
+    # The native kernels know no pool in 8 bits.
+    if name == "auto" and native is not None and config.kv_cache_dtype == "auto":
+        name = "native"
+    if name == "native" and native is None:
+        raise ConfigError(
+            "--attention native runs with the native kernels alone: choose --kernels native, or "
+            "leave --attention out"
+        )
+    try:
+        return select(name, device.platform, _compute_capability(device))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _objective(config: EngineConfig) -> ServiceObjective:

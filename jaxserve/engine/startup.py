@@ -35,7 +35,7 @@ from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.pipeline_executor import PipelineExecutor
 from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
-from jaxserve.engine.served_params import load_served_params
+from jaxserve.engine.served_params import file_kinds, load_served_params
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.step import Params
@@ -111,7 +111,7 @@ def start_engine(
     with phases.time("start device"):
         start_devices(config.virtual_devices if leader is None else None)
         device = jax.local_devices()[0]
-    settings = resolve_settings(config, source.config, device)
+    settings = resolve_settings(config, source.config, device, file_kinds(config, source))
     if leader is not None:
         leader.configure(shared_settings(config, settings))
     use_compilation_cache(settings.cache_dir)

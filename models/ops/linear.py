@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.ops.packed import PackedKernel
 from models.ops.precision import matmul_precision
 from models.ops.quantized import quantized_matmul
 from models.ops.tensor_shard import TensorShard
@@ -43,8 +44,17 @@ class KernelScale:
     values: jax.Array
 
 
+@dataclass(frozen=True, slots=True)
+class LayerKernel:
+    """One layer's kernel among the packed ones of all layers; see `models.ops.packed`."""
+
+    kernels: PackedKernel
+    layer: jax.Array
+
+
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)` in the kernel's dtype; in that of `x` if the kernel is quantised.
+    """`x @ kernel (+ bias)` in the kernel's dtype; in that of `x` if the kernel is quantised or
+    packed.
 
     Args:
         in_features: size of the last axis of the input.
@@ -76,13 +86,16 @@ class Linear(nnx.Module):
         self.adapter: Adapter | None = None
         self.scale: KernelScale | None = None
         self.shard: TensorShard | None = None
+        self.packed: LayerKernel | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
-        if self.scale is None:
+        if self.packed is not None:
+            out = self.packed.kernels.multiply(x, self.packed.layer)
+        elif self.scale is None:
+            kernel = self.kernel[...]
             out = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
         else:
-            out = quantized_matmul(x, kernel, self.scale.values)
+            out = quantized_matmul(x, self.kernel[...], self.scale.values)
         if self.shard is not None:
             out = self.shard.sum(out)
         if self.use_bias:
@@ -121,6 +134,31 @@ def attach_scales(module: nnx.Module, scales: Mapping[str, Any]) -> None:
             child.scale = KernelScale(part["scale"])
         else:
             attach_scales(child, part)
+
+
+def drop_kernels(module: nnx.Module) -> None:
+    """Take the kernels from `module`'s projections, which `attach_packed` then gives theirs."""
+    for child in list(vars(module).values()):
+        if isinstance(child, Linear):
+            del child.kernel
+        elif isinstance(child, nnx.Module):
+            drop_kernels(child)
+
+
+def attach_packed(module: nnx.Module, packed: Mapping[str, Any], layer: jax.Array) -> None:
+    """Give `module`'s projections their kernels among the packed ones.
+
+    Args:
+        module: as for `attach_adapters`, without kernels.
+        packed: nested like the module's parameters, with a `PackedKernel` for each projection.
+        layer: index of the module's layer in the packed kernels, int32.
+    """
+    for name, part in packed.items():
+        child = getattr(module, name)
+        if isinstance(part, PackedKernel):
+            child.packed = LayerKernel(part, layer)
+        else:
+            attach_packed(child, part, layer)
 
 
 def attach_shard(module: nnx.Module, shard: TensorShard) -> None:

@@ -56,6 +56,7 @@ def test_every_option_reaches_its_field() -> None:
         "--kv-cache-dtype int8 "
         "--watermark 0.1 --max-queued-requests 5 --max-queued-tokens 99 --no-prefix-caching "
         "--mesh tensor=2,data=2 --virtual-devices 4 "
+        "--weights-format native --kernels native "
         "--attention reference --compilation-cache-dir cache --port 7"
     )
     expected = EngineConfig(
@@ -77,6 +78,8 @@ def test_every_option_reaches_its_field() -> None:
         max_queued_requests=5,
         max_queued_tokens=99,
         prefix_caching=False,
+        weights_format="native",
+        kernels="native",
         attention="reference",
         mesh=MeshShape(data=2, tensor=2),
         virtual_devices=4,
@@ -96,6 +99,10 @@ def test_a_bad_value_names_its_option() -> None:
         parse("--dtype", "float8")
     with pytest.raises(ConfigError, match="--quantization must be one of none, int8, int4"):
         parse("--quantization", "int3")
+    with pytest.raises(ConfigError, match="--kernels must be one of auto, native, xla"):
+        parse("--kernels", "cuda")
+    with pytest.raises(ConfigError, match="--weights-format must be one of float, native"):
+        parse("--weights-format", "gguf")
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,19 @@ def triton_implementation(attention: TritonAttention) -> AttentionImplementation
     )
 
 
+def _native() -> AttentionImplementation:
+    from models.ops.attention.native_attention import native_attention, native_write
+    from models.ops.native import load_library
+
+    load_library()
+    return AttentionImplementation("native", ("cpu",), call=native_attention, write=native_write)
+
+
 def select(name: str, platform: str, compute_capability: int = 0) -> AttentionImplementation:
     """Looks up `name`, or the platform's best for "auto".
 
     Args:
-        name: of an implementation, or "auto".
+        name: of an implementation, or "auto"; the native kernels are taken only by their name.
         platform: JAX's name of it.
         compute_capability: of an NVIDIA GPU, 80 for A100 and 90 for H100.
 
@@ -87,12 +95,14 @@ def select(name: str, platform: str, compute_capability: int = 0) -> AttentionIm
     has_triton = platform == "gpu" and compute_capability > 0
     if has_triton and name in ("auto", "triton"):
         return _triton(compute_capability)
+    if platform == "cpu" and name == "native":
+        return _native()
     candidates = [impl for impl in IMPLEMENTATIONS if platform in impl.platforms]
     if name == "auto" and candidates:
         return candidates[0]
     for implementation in candidates:
         if implementation.name == name:
             return implementation
-    own = ["triton"] if has_triton else []
+    own = ["triton"] if has_triton else ["native"] if platform == "cpu" else []
     names = ", ".join(["auto", *own, *(impl.name for impl in candidates)])
     raise ValueError(f"--attention {name!r} is not available on {platform}; choose from: {names}")

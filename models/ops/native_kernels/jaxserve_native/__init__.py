@@ -1,0 +1,7 @@
+"""Where the compiled kernels lie; `models.ops.native` loads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LIBRARY_PATH = Path(__file__).parent / "libjaxserve_native.so"

@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#include "isa_avx2.h"
+
+#include "attention.inc.h"
+#include "linear.inc.h"
+
+namespace jaxserve {
+extern const Kernels kAvx2 = {"avx2", linear_block, quantize_row, attend};
+}  // namespace jaxserve
+#endif

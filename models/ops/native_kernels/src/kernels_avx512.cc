@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#include "isa_avx512.h"
+
+#include "attention.inc.h"
+#include "linear.inc.h"
+
+namespace jaxserve {
+extern const Kernels kAvx512 = {"avx512", linear_block, quantize_row, attend};
+}  // namespace jaxserve
+#endif

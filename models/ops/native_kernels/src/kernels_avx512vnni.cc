@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#define JAXSERVE_VNNI
+#include "isa_avx512.h"
+
+#include "attention.inc.h"
+#include "linear.inc.h"
+
+namespace jaxserve {
+extern const Kernels kAvx512Vnni = {"avx512vnni", linear_block, quantize_row, attend};
+}  // namespace jaxserve
+#endif

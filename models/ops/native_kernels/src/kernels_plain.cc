@@ -1,0 +1,8 @@
+#include "isa_plain.h"
+
+#include "attention.inc.h"
+#include "linear.inc.h"
+
+namespace jaxserve {
+extern const Kernels kPlain = {"plain", linear_block, quantize_row, attend};
+}  // namespace jaxserve

@@ -143,7 +143,7 @@ def test_roles_divide_what_keys_are_good_for(service):
 
 
 def test_another_tenants_request_is_not_found(service):
-    service.executor.step_s = 0.005
+    service.executor.step_s = 0.02
     with client_of(service, "alpha") as alpha, client_of(service, "beta") as beta:
         running = iter(alpha.generate("x", max_tokens=400, request_id="mine"))
         next(running)

@@ -128,15 +128,18 @@ def test_a_methods_name_that_is_no_text_ends_neither_streams_nor_the_service(ser
     name = b"/jaxserve.v1.Inference/Generate"
     assert raw.count(name) == 1
     bad = raw.replace(name, name.replace(b"n", b"\xee"))
-    service.executor.step_s = 0.005
+    service.server.state.degraded_after_s = 600.0
     stream = iter(service.client.generate("x", max_tokens=400, request_id="long"))
     next(stream)
+    service.executor.gate.clear()  # So that it is not over before the rest is.
     port = service.server._grpc
     for count in (1, 2):
         wait_for(service.client.is_serving, 60)
         with socket.create_connection(("127.0.0.1", port.port), timeout=5) as end:
             end.sendall(bad)
             wait_for(lambda count=count: port.num_restarts == count, 60)
+    service.executor.gate.set()
+    service.executor.step_s = 0.02
     with Client(service.address) as client:
         client.wait_until_serving(60)
         assert list(client.generate("y", max_tokens=2))
@@ -175,11 +178,13 @@ def test_a_message_above_4_mib_costs_no_memory(shared):
                 list(method(data))
             assert refusal.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
-        refused()  # This process is the client, too, whose own buffers are here by now.
-        before = psutil.Process().memory_info().rss
-        for _ in range(5):
+        for _ in range(3):  # This process is the client, too, whose own buffers are here by now.
             refused()
-        assert psutil.Process().memory_info().rss - before < 16 * MIB
+        before = psutil.Process().memory_info().rss
+        for _ in range(20):
+            refused()
+        # 80 MiB were sent. What comes and goes is the client's.
+        assert psutil.Process().memory_info().rss - before < 32 * MIB
 
 
 def _nested(depth: int) -> bytes:

@@ -26,7 +26,7 @@ def test_work_without_steps_is_degraded_though_no_step_hangs(make_service):
 
     scheduler.plan = hanging
     call = service.client.generate("x", max_tokens=3)
-    wait_for(hangs.is_set)
+    wait_for(hangs.is_set, 30)
     wait_for(lambda: scheduler.has_work)
     assert service.engine.snapshot().step_in_flight_s is None
     assert state.phase is Phase.READY
@@ -35,7 +35,7 @@ def test_work_without_steps_is_degraded_though_no_step_hangs(make_service):
     clock.now_s += 2
     assert state.phase is Phase.DEGRADED
     assert ask(service, "GET", "/health")[0] == 503
-    wait_for(lambda: not service.client.is_serving())
+    wait_for(lambda: not service.client.is_serving(), 30)
     assert service.client.server_info().state == control_pb2.SERVER_STATE_DEGRADED
     may_go.set()
     assert list(call)

@@ -109,25 +109,25 @@ def test_tokens_a_minute_bound_prompts_and_answers_together(make_keyed):
 
 def test_requests_of_a_tenant_are_bounded_running_and_waiting(make_keyed):
     service = make_keyed(alpha={"max_concurrent_requests": 6, "max_queued_requests": 2})
-    service.executor.step_s = 0.005
+    service.executor.step_s = 0.02
     with client_of(service, "alpha") as alpha, client_of(service, "beta") as beta:
         calls = []
         for _ in range(4):  # As many as run at once; each has a token before the next.
             calls.append(alpha.generate("x", max_tokens=400))
             next(iter(calls[-1]))
         calls += [alpha.generate("x", max_tokens=400) for _ in range(2)]
-        wait_for(lambda: service.num_streams() == 6)
+        wait_for(lambda: service.num_streams() == 6, 30)
         with pytest.raises(QueueFull, match="max_concurrent_requests"):
             list(alpha.generate("x", max_tokens=1))
         calls.pop(0).cancel()
         wait_for(lambda: service.num_streams() == 5)
         # One that waited runs by now, or still waits for its first token.
         usage = service.server._door.usage["alpha"]
-        wait_for(lambda: usage.num_queued == 1)
+        wait_for(lambda: usage.num_queued == 1, 30)
         calls.append(alpha.generate("x", max_tokens=400))
-        wait_for(lambda: usage.num_queued == 2)
+        wait_for(lambda: usage.num_queued == 2, 30)
         calls.pop(0).cancel()
-        wait_for(lambda: usage.num_queued == 1)
+        wait_for(lambda: usage.num_queued == 1, 30)
         other = beta.generate("x", max_tokens=1)
         for call in calls:
             call.cancel()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from tools.policy_evaluation.capacity import MAX_RUNGS, highest_rung
 from tools.policy_evaluation.cells import Cells, UnfinishedError
+from tools.policy_evaluation.ladder import Ladder
 from tools.policy_evaluation.rig import Rig
-from tools.policy_evaluation.slack import gained_rungs
 from tools.policy_evaluation.verdict import MAX_SPREAD, Readings
 
 NO_RIG = cast(Rig, None)
@@ -53,47 +52,31 @@ def test_the_noise_is_that_of_all_cells_together(tmp_path: Path) -> None:
     assert len(cells.readings().full_ms_by_sample) == 2
 
 
-def up_to(highest: int, asked: list[int]) -> Callable[[int], bool]:
-    def meets(rung: int) -> bool:
-        asked.append(rung)
-        return rung <= highest
-
-    return meets
-
-
 @pytest.mark.parametrize(
-    ("highest", "found", "rungs"),
-    [(2, 2, [0, 1, 2, 3]), (-2, -2, [0, -1, -2]), (0, 0, [0, 1])],
-)
-def test_the_highest_rung(highest: int, found: int, rungs: list[int]) -> None:
-    asked: list[int] = []
-    assert highest_rung(up_to(highest, asked), 0) == found
-    assert asked == rungs
-
-
-def test_a_ladder_ends() -> None:
-    asked: list[int] = []
-    assert highest_rung(up_to(-100, asked), 0) is None
-    assert len(asked) == MAX_RUNGS
-    assert highest_rung(up_to(100, []), 0) == MAX_RUNGS - 1
-
-
-@pytest.mark.parametrize(
-    ("fixed", "slack", "gain", "num_probes"),
+    ("rival", "ours", "gain", "num_probes"),
     [
-        (-1, 5, 2, 2),  # Enough at once: how much more is not asked.
-        (1, 4, 2, 4),
-        (1, 2, 1, 6),
-        (-3, -2, 1, 9),
-        (0, -1, -1, 7),
+        (-1, 5, (2, True), 2),  # Enough at once: how much more is not asked.
+        (1, 4, (2, True), 4),
+        (1, 2, (1, False), 6),
+        (-3, -2, (1, False), 9),
+        (0, -1, (-1, False), 7),
     ],
 )
-def test_rungs_gained(fixed: int, slack: int, gain: int, num_probes: int) -> None:
+def test_rungs_gained(rival: int, ours: int, gain: tuple[int, bool], num_probes: int) -> None:
     asked: list[tuple[str, int]] = []
 
-    def meets(kind: str, rung: int) -> bool:
-        asked.append((kind, rung))
-        return rung <= (fixed if kind == "fixed" else slack)
+    def meets(name: str, highest: int, rung: int) -> bool:
+        asked.append((name, rung))
+        return rung <= highest
 
-    assert gained_rungs(meets) == gain
-    assert len(asked) == num_probes
+    ladder = Ladder(1.1)
+    found = ladder.gain(partial(meets, "ours", ours), partial(meets, "rival", rival), 0, ratio=1.2)
+    assert found == gain
+    assert len(asked) == len(set(asked)) == num_probes
+    assert Ladder(1.3).rungs(1.5) == 2
+
+
+@pytest.mark.parametrize(("rival", "message"), [(100, "begin higher"), (-100, "begin lower")])
+def test_a_ladder_ends(rival: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ladder(1.1).gain(lambda _: False, lambda rung: rung <= rival, 0, ratio=1.2)

@@ -54,8 +54,8 @@ def test_a_quiet_machine_gives_a_verdict() -> None:
 
 def test_own_work_is_not_foreign() -> None:
     before = cpu_times_s()
-    end_s = time.perf_counter() + 0.4
-    while time.perf_counter() < end_s:
+    end_s = time.process_time() + 0.4  # However long that takes beside others.
+    while time.process_time() < end_s:
         np.ones((200, 200)) @ np.ones((200, 200))
     machine_s, own_s = (now - then for now, then in zip(cpu_times_s(), before, strict=True))
     # /proc counts in hundredths of a second on each processor.

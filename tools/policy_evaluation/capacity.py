@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from jaxserve.loadgen.schedule import LoadShape, make_schedule
 from jaxserve.loadgen.server_process import own_server
 from jaxserve.simulator.arrivals import ArrivalProcess
 from tools.policy_evaluation.cells import Cells
+from tools.policy_evaluation.ladder import Ladder
 from tools.policy_evaluation.open_loop import saturated_qps
 from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
@@ -26,11 +26,8 @@ from tools.policy_evaluation.verdict import Check, NoiseMeter, Outcome
 MAX_DELAY_S = 2.0
 START_LOAD = 0.6
 """Rate of rung 0, as a share of what full steps of the token budget compute."""
-FACTOR = 1.3
+LADDER = Ladder(1.3)
 MIN_RATIO = 1.5
-MAX_RUNGS = 6
-WARM_UP = 12
-"""Requests that a new server gets first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +35,10 @@ class Load:
     qps: float
     num_requests: int
     seed: int
+
+
+WARM_UP = Load(qps=8.0, num_requests=12, seed=1)
+"""What a new server gets first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,11 @@ class SocketProbe:
         return not self.num_failed and self.tbt_p99_s <= slo_s and self.delay_p50_s <= MAX_DELAY_S
 
 
-def socket_capacity(rig: Rig, cells: Cells, *, num_requests: int = 48, seed: int = 1) -> Outcome:
+def socket_capacity(rig: Rig, cells: Cells, *, num_requests: int = 32, seed: int = 1) -> Outcome:
     """SL3. `jaxserve serve` with one flag changed; ShareGPT lengths scaled to the context.
 
-    Both policies climb the same ladder of rates. The rival begins where the ratio is just large
-    enough, which decides the part; the rungs below say how large it is.
+    Both policies are on the same ladder of rates. If Sarathi holds a rate, and its rival does not
+    hold the rate that is lower by the ratio, that is enough.
     """
     if not rig.point.is_file:
         raise ValueError(
@@ -67,31 +68,23 @@ def socket_capacity(rig: Rig, cells: Cells, *, num_requests: int = 48, seed: int
     probes: dict[str, dict[int, SocketProbe]] = {"sarathi": {}, "vllm_v0": {}}
 
     def meets(policy: str, rung: int) -> bool:
-        load = Load(reference["rung_0_qps"] * FACTOR**rung, num_requests, seed)
+        load = Load(reference["rung_0_qps"] * LADDER.factor**rung, num_requests, seed)
         found = cells.get(f"{policy}.{rung}", partial(_rung, rig, policy, load))
         probes[policy][rung] = SocketProbe(**found)
         return probes[policy][rung].meets(slo_s)
 
-    best = highest_rung(partial(meets, "sarathi"), 0)
-    if best is not None:
-        enough = math.ceil(math.log(MIN_RATIO, FACTOR))
-        highest_rung(partial(meets, "vllm_v0"), best - enough)
+    rungs, may_be_more = LADDER.gain(
+        partial(meets, "sarathi"), partial(meets, "vllm_v0"), -LADDER.rungs(MIN_RATIO), MIN_RATIO
+    )
     readings = cells.readings()
-    capacity = {policy: _capacity(found, slo_s) for policy, found in probes.items()}
-    # If even the slowest rate was too fast, the true ratio is larger than this one.
-    rival = capacity["vllm_v0"] or min((one.qps for one in probes["vllm_v0"].values()), default=1)
-    voids = [reason for one in _all(probes) for reason in one.void_reasons]
+    voids = [r for found in probes.values() for one in found.values() for r in one.void_reasons]
     return Outcome(
         "sl3",
-        (
-            Check(
-                "capacity sarathi / vllm_v0", capacity["sarathi"] / rival, MIN_RATIO, at_most=False
-            ),
-        ),
+        (Check("capacity sarathi / vllm_v0", LADDER.factor**rungs, MIN_RATIO, at_most=False),),
         {
             "slo_ms": 1e3 * slo_s,
             "num_requests": num_requests,
-            "capacity_qps": capacity,
+            "may_be_more": may_be_more,
             "probes": {
                 policy: [_values(found[rung], slo_s) for rung in sorted(found)]
                 for policy, found in probes.items()
@@ -103,20 +96,8 @@ def socket_capacity(rig: Rig, cells: Cells, *, num_requests: int = 48, seed: int
     )
 
 
-def highest_rung(meets: Callable[[int], bool], start: int) -> int | None:
-    """The highest rung that meets the objective, below the first that does not; None if none of
-    the first `MAX_RUNGS` downwards does. At most so many are tried."""
-    rung, rising = start, meets(start)
-    for _ in range(MAX_RUNGS - 1):
-        following = rung + (1 if rising else -1)
-        if meets(following) != rising:
-            return rung if rising else following
-        rung = following
-    return rung if rising else None
-
-
 def _reference(rig: Rig, meter: NoiseMeter) -> dict[str, Any]:
-    meter.sample(20)
+    meter.sample(20, whole_repeats=0)
     qps = START_LOAD * saturated_qps(
         rig.point.context, rig.point.token_budget, meter.median_s("full")
     )
@@ -137,19 +118,13 @@ def _rung(rig: Rig, policy: str, load: Load, _: NoiseMeter) -> dict[str, Any]:
     )
     with _placed_server(rig, config) as address, Client(address) as client:
         info = client.model_info()
-        for num_requests in (WARM_UP, load.num_requests):
-            shape = LoadShape(num_requests, load.qps, ArrivalProcess(), "sharegpt", seed=load.seed)
+        for one in (WARM_UP, load):
+            shape = LoadShape(
+                one.num_requests, one.qps, ArrivalProcess(), "sharegpt", seed=one.seed
+            )
             schedule = make_schedule(shape, info.max_model_len)
             run = run_open_loop(address, schedule, vocab_size=info.vocab_size)
     return asdict(_probe(load.qps, run))
-
-
-def _all(probes: Mapping[str, Mapping[int, SocketProbe]]) -> list[SocketProbe]:
-    return [one for found in probes.values() for one in found.values()]
-
-
-def _capacity(found: Mapping[int, SocketProbe], slo_s: float) -> float:
-    return max((one.qps for one in found.values() if one.meets(slo_s)), default=0.0)
 
 
 @contextmanager

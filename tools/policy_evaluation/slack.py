@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from jaxserve.engine.step_cost import FittedStepCost, fit_step_cost
 from jaxserve.simulator.run import SimRequest
 from tools.policy_evaluation.budget_control import PROFILE_S
 from tools.policy_evaluation.cells import Cells
+from tools.policy_evaluation.ladder import Ladder
 from tools.policy_evaluation.open_loop import LiveRun, chat_requests, run_live, saturated_qps
 from tools.policy_evaluation.rig import Rig
 from tools.policy_evaluation.steps import StepShape, time_steps
@@ -28,7 +28,7 @@ TTFT = 78.0
 """Of both classes, in full steps: 60 times the stricter TBT."""
 MIN_ATTAINMENT = 0.95
 MIN_RATIO = 1.2
-FACTOR = 1.1
+LADDER = Ladder(1.1)
 START_SHARE = 0.75
 """Rate of rung 0, as a share of what the fixed budget computes if its steps are always full."""
 
@@ -45,7 +45,7 @@ def slack_throughput(
     probes: list[dict[str, Any]] = []
 
     def meets(seed: int, kind: str, rung: int) -> bool:
-        qps = reference["rung_0_qps"] * FACTOR**rung
+        qps = reference["rung_0_qps"] * LADDER.factor**rung
         requests = chat_requests(
             rig.point.context, num_requests, qps, seed, _classes(reference["step_s"])
         )
@@ -55,37 +55,27 @@ def slack_throughput(
         probes.append({"kind": kind, "seed": seed, "qps": qps, "attainment": attained})
         return bool(attained >= MIN_ATTAINMENT)
 
-    gains = {seed: FACTOR ** gained_rungs(partial(meets, seed)) for seed in seeds}
+    gains = {
+        seed: LADDER.gain(
+            partial(meets, seed, "slack"), partial(meets, seed, "fixed"), 0, MIN_RATIO
+        )
+        for seed in seeds
+    }
     readings = cells.readings()
     return Outcome(
         "sl5",
         tuple(
-            Check(f"rate slack / fixed, seed {seed}", gain, MIN_RATIO, at_most=False)
-            for seed, gain in gains.items()
+            Check(
+                f"rate slack / fixed, seed {seed}", LADDER.factor**rungs, MIN_RATIO, at_most=False
+            )
+            for seed, (rungs, _) in gains.items()
         ),
-        {"probes": probes, "tbt_ms": [1e3 * one.tbt_s for one in _classes(reference["step_s"])]}
+        {"may_be_more": {seed: may_be_more for seed, (_, may_be_more) in gains.items()}}
+        | {"probes": probes, "tbt_ms": [1e3 * one.tbt_s for one in _classes(reference["step_s"])]}
         | {"fixed_step_ms": 1e3 * reference["step_s"]}
         | readings.reference_ms(),
         readings.noise(),
     )
-
-
-def gained_rungs(meets: Callable[[str, int], bool]) -> int:
-    """How many rungs the slack budget gains at least; exactly, if they are too few."""
-    failing = 0
-    while meets("fixed", failing):
-        failing += 1
-    enough = math.ceil(math.log(MIN_RATIO, FACTOR))
-    slack = failing + enough
-    if meets("slack", slack):
-        return enough
-    fixed = failing - 1
-    while fixed < 0 and not meets("fixed", fixed):
-        fixed -= 1
-    slack -= 1
-    while not meets("slack", slack):
-        slack -= 1
-    return slack - fixed
 
 
 def _reference(rig: Rig, _: NoiseMeter) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from models.loading import open_model
 from tools.peers import quality
 from tools.peers.catalogue import (
     BFLOAT16,
-    GGUF_FLOAT32,
     NAMES,
     OURS,
     PAIRS,
+    Q4_1,
+    XLA,
     Catalogue,
     model_size,
 )
@@ -39,7 +40,7 @@ from tools.peers.table import engine_table, figures_table, ratio_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "train" / "data" / "speeches.jsonl"
-DEFAULT_ENGINES = ("llama.cpp", GGUF_FLOAT32, "vLLM", BFLOAT16)
+DEFAULT_ENGINES = ("llama.cpp", Q4_1, XLA, "vLLM", BFLOAT16)
 PARTS = ("loads", "cold", "quality")
 
 
@@ -132,7 +133,7 @@ def measure_quality(
                     records.add(perplexity_record(engine.name, value))
         if engine.name in OURS and not records.has(kind="perplexity", engine=engine.name):
             variant, model = OURS[engine.name], catalogue.model_of(engine.name)
-            value = quality.perplexity_of_ours(model, variant.options, TEXT, variant.quantization)
+            value = quality.perplexity_of_ours(model, variant.options, TEXT)
             records.add(perplexity_record(engine.name, value))
 
 
@@ -141,11 +142,11 @@ def reference_answers(
 ) -> list[str]:
     """Those of the GGUF's weights in float32."""
     for record in records:
-        if record["kind"] == "agreement" and record["engine"] == GGUF_FLOAT32:
+        if record["kind"] == "agreement" and record["engine"] == XLA:
             return list(record["texts"])
-    with start(catalogue.make(GGUF_FLOAT32), records, cache_root) as server:
+    with start(catalogue.make(XLA), records, cache_root) as server:
         texts = quality.answers(server, token_ids)
-    records.add(quality.agreement_record(GGUF_FLOAT32, texts, texts))
+    records.add(quality.agreement_record(XLA, texts, texts))
     return texts
 
 

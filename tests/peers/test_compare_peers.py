@@ -152,13 +152,13 @@ def test_report_has_every_figure() -> None:
         *(
             {"kind": "engine", "engine": name, "weights": "bits", "compute": "float32"}
             | {"weights_bytes": 1000, "kv_value_bytes": 2}
-            for name in ("jaxserve GGUF", "llama.cpp")
+            for name in ("jaxserve XLA", "llama.cpp")
         ),
-        a_record("jaxserve GGUF", 0, 1.0),
+        a_record("jaxserve XLA", 0, 1.0),
         a_record("llama.cpp", 0, 2.0),
         {"kind": "start-warm", "engine": "llama.cpp", "ready_s": 1.25},
         agreement_record("llama.cpp", ["abcd", "xy"], ["abcd", "xz"]),
-        {"kind": "perplexity", "engine": "jaxserve GGUF", "perplexity": 17.0},
+        {"kind": "perplexity", "engine": "jaxserve XLA", "perplexity": 17.0},
     ]
     text = "\n".join(report(records))
     for figure in ("128", "64", "2.00", "1.2", "17.000", "1 of 2, 75% of the text"):

@@ -12,8 +12,10 @@ import jax
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.memory_plan import bytes_per_device
+from jaxserve.engine.served_params import file_kinds
 from jaxserve.engine.settings import resolve_settings
 from models.loading import open_model
+from models.registry import get_family
 from tools.peers import llama_cpp, our_engine, vllm_cpu
 from tools.peers.ceilings import ModelSize
 from tools.peers.engine import Engine
@@ -23,14 +25,16 @@ MAX_LEN = 1152
 """The longest request has 1025 tokens."""
 KV_CACHE_BYTES = 2_000_000_000
 
-GGUF_FLOAT32, GGUF_INT8, BFLOAT16 = "jaxserve GGUF", "jaxserve GGUF int8", "jaxserve bf16"
-NAMES = ("llama.cpp", "vLLM", GGUF_FLOAT32, GGUF_INT8, BFLOAT16)
+Q4_1, INT8, BFLOAT16 = "jaxserve Q4_1", "jaxserve int8", "jaxserve bf16"
+XLA = "jaxserve XLA"
+NAMES = ("llama.cpp", "vLLM", Q4_1, INT8, BFLOAT16, XLA)
 PAIRS = (
-    (GGUF_FLOAT32, "llama.cpp"),
-    (GGUF_INT8, "llama.cpp"),
+    (Q4_1, "llama.cpp"),
+    (INT8, "llama.cpp"),
+    (XLA, "llama.cpp"),
     (BFLOAT16, "vLLM"),
-    # In float32, vLLM's weights are those of the GGUF file but for their rounding to bfloat16.
-    (GGUF_FLOAT32, "vLLM"),
+    # vLLM's weights are those of the GGUF file but for their rounding to bfloat16.
+    (XLA, "vLLM"),
 )
 """Ours beside a peer."""
 
@@ -43,18 +47,20 @@ class OurVariant:
     weights: str
     compute: str
     dtype: str
-    quantization: str = "none"
+    extra: tuple[str, ...] = ()
+    """More options of `jaxserve`."""
 
     @property
     def options(self) -> tuple[str, ...]:
         """Of `jaxserve`."""
-        return ("--dtype", self.dtype, "--quantization", self.quantization)
+        return ("--dtype", self.dtype, *self.extra)
 
 
 OURS = {
-    GGUF_FLOAT32: OurVariant(True, "float32 from Q4_1", "float32", "float32"),
-    GGUF_INT8: OurVariant(True, "int8 from Q4_1", "float32", "float32", "int8"),
+    Q4_1: OurVariant(True, "GGUF Q4_1", "int8 x 4 bits", "float32", ("--weights-format", "native")),
+    INT8: OurVariant(True, "int8 from Q4_1", "int8", "float32", ("--quantization", "int8")),
     BFLOAT16: OurVariant(False, "bfloat16", "bfloat16", "bfloat16"),
+    XLA: OurVariant(True, "float32 from Q4_1", "float32", "float32", ("--kernels", "xla")),
 }
 
 
@@ -119,30 +125,35 @@ class Catalogue:
             (*variant.options, *kv_cache),
             weights=variant.weights,
             compute=variant.compute,
-            weights_bytes=weights_bytes(model, variant),
+            weights_bytes=weights_bytes(model, variant.options),
             kv_value_bytes=2 if variant.dtype == "bfloat16" else 4,
             num_streams=NUM_STREAMS,
             max_len=MAX_LEN,
         )
 
 
-def weights_bytes(model: Path, variant: OurVariant) -> int:
-    """As we hold them."""
-    config = EngineConfig(
-        model=str(model),
-        dtype=variant.dtype,
-        quantization=variant.quantization,
-        kv_cache_bytes=KV_CACHE_BYTES,
-    )
-    settings = resolve_settings(config, open_model(model).config, jax.devices()[0])
-    return bytes_per_device(settings.abstract_params())
+def weights_bytes(model: Path, options: tuple[str, ...]) -> int:
+    """Of what a step reads of them, as we hold them with these options."""
+    fields = {
+        name.removeprefix("--").replace("-", "_"): value
+        for name, value in zip(options[::2], options[1::2], strict=True)
+    }
+    config = EngineConfig(model=str(model), kv_cache_bytes=KV_CACHE_BYTES, **fields)  # type: ignore[arg-type]
+    source = open_model(model)
+    kinds = file_kinds(config, source)
+    settings = resolve_settings(config, source.config, jax.devices()[0], kinds)
+    abstract = dict(settings.abstract_params())
+    if settings.native is not None or not source.config.tie_word_embeddings:
+        # There is a head beside the table, of which a step reads single rows.
+        del abstract["embed"]
+    return bytes_per_device(abstract)
 
 
 def model_size(gguf: Path) -> ModelSize:
     """Counted in the shapes of the weights."""
     config = open_model(gguf).config
-    settings = resolve_settings(EngineConfig(), config, jax.devices()[0])
-    layers = jax.tree.leaves(settings.abstract_params()["layers"])
+    abstract = get_family(config.family).abstract_params(config, "float32")
+    layers = jax.tree.leaves(abstract["layers"])
     return ModelSize(
         # Norms have one axis beside that of the layers; they are no products.
         num_layer_weights=sum(leaf.size for leaf in layers if leaf.ndim > 2),

@@ -27,13 +27,13 @@ def read_text(path: Path) -> str:
     return "\n\n".join(json.loads(line)["text"] for line in lines if line)
 
 
-def perplexity_of_ours(model: Path, options: Sequence[str], text: Path, quantization: str) -> float:
+def perplexity_of_ours(model: Path, options: Sequence[str], text: Path) -> float:
     """By `jaxserve bench quality` in a process of its own."""
     command = [sys.executable, "-m", "jaxserve", "bench", "quality", "--json", "--text", str(text)]
     command += ["--model", str(model), "--num-tokens", str(NUM_PERPLEXITY_TOKENS)]
     done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
-    rows = json.loads(done.stdout)["rows"]
-    return float(next(row["perplexity"] for row in rows if row["quantization"] == quantization))
+    # The last row is of the options; one before it is of the weights as they are.
+    return float(json.loads(done.stdout)["rows"][-1]["perplexity"])
 
 
 def perplexity_by_prompt_logprobs(server: EngineServer, token_ids: Sequence[int]) -> float:

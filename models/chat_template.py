@@ -45,6 +45,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         now: datetime | None = None,
     ) -> str:
         """The prompt text, at most MAX_OUTPUT_CHARACTERS long.
@@ -52,6 +53,8 @@ class ChatTemplate:
         Args:
             messages: from first to last, e.g. `{"role": "user", "content": "Hi"}`.
             add_generation_prompt: open the assistant's turn at the end.
+            tools: what the template's variable of this name holds: functions that the assistant
+                may call, as in OpenAI's API.
             now: gives the template `strftime_now`; without it there is none.
 
         Raises ChatTemplateError with the template's own message, or the limit
@@ -62,7 +65,7 @@ class ChatTemplate:
             BUDGET_KEY: Budget(),
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
             "documents": None,
         }
         if now is not None:

@@ -45,7 +45,7 @@ class InertMessages:
         if isinstance(value, str) and self._pattern is not None:
             return self._pattern.sub(lambda found: self._divided(found[0]), value)
         if isinstance(value, Mapping):
-            return {key: self._marked(inner) for key, inner in value.items()}
+            return {self._marked(key): self._marked(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
             return [self._marked(inner) for inner in value]
         return value
@@ -58,7 +58,8 @@ def _texts(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for inner in value.values():
+        for key, inner in value.items():
+            yield from _texts(key)
             yield from _texts(inner)
     elif isinstance(value, list | tuple):
         for inner in value:

@@ -117,9 +117,10 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         now: datetime | None = None,
     ) -> str:
         """The prompt text of a conversation.
@@ -127,6 +128,7 @@ class Tokenizer:
         Args:
             messages: `{"role": …, "content": …}` from first to last.
             add_generation_prompt: open the assistant's turn at the end.
+            tools: functions that the assistant may call, for the template to tell it of.
             now: what a template that asks for the date gets; without it the
                 template finds no clock and uses its own fixed date.
 
@@ -134,25 +136,32 @@ class Tokenizer:
             ChatTemplateError: the template refuses the messages or breaks a limit.
             TokenizerError: the model has no chat template.
         """
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, now=now
+        )
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         now: datetime | None = None,
         as_text: bool = False,
     ) -> list[int]:
         """Token ids of `render_chat`. The template writes its own BOS, so none is added.
 
         Args:
-            as_text: control tokens that a message spells out stay text, for messages of people
-                who are not trusted: only the template's own count.
+            as_text: control tokens that a message or a tool spells out stay text, for messages of
+                people who are not trusted: only the template's own count.
         """
-        inert = InertMessages(messages, self._control_tokens if as_text else ())
+        told = [*messages, *(tools or ())]
+        inert = InertMessages(told, self._control_tokens if as_text else ())
         text = self.render_chat(
-            inert.messages, add_generation_prompt=add_generation_prompt, now=now
+            inert.messages[: len(messages)],
+            add_generation_prompt=add_generation_prompt,
+            tools=None if tools is None else inert.messages[len(messages) :],
+            now=now,
         )
         ids: list[int] = []
         for part in inert.parts(text):

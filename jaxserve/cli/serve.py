@@ -84,6 +84,15 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model writes calls of tools: hermes (also Qwen) or llama3. Without it "
+            "requests with tools are refused.",
+            metavar="NAME",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     drain_timeout_s: Annotated[
         float,
         typer.Option(
@@ -192,6 +201,7 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         allowed_hosts=tuple(allowed_host or ()),
+        tool_call_parser=tool_call_parser,
         reflection=reflection,
         drain_timeout_s=drain_timeout_s,
         api_keys_file=api_keys_file,

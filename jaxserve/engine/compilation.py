@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxserve.engine.mesh_step import make_mesh_load_slot, make_mesh_step
+from jaxserve.engine.mask_loads import MaskLoadLayout, load_masks
+from jaxserve.engine.mesh_step import make_mesh_load_masks, make_mesh_load_slot, make_mesh_step
 from jaxserve.engine.pipeline_step import make_tick
 from jaxserve.engine.slots import SlotLoadLayout, load_slot
 from jaxserve.engine.step import Params, make_step
@@ -74,10 +75,12 @@ class Programs:
     layouts: Mapping[int, StepLayout]
     load_slot: Callable[..., Any]
     load_layout: SlotLoadLayout
+    load_masks: Callable[..., Any]
+    mask_layout: MaskLoadLayout
     inputs_sharding: Sharding
     """Of a step's inputs: of one device, or int32 `[D, P, layout.size]` of a mesh."""
     load_sharding: Sharding
-    """Of a slot load: of one device, or int32 `[D, load_layout.size]` of a mesh."""
+    """Of a load of a slot or of masks: of one device, or int32 `[D, layout.size]` of a mesh."""
     num_replicas: int
     """D"""
     num_stages: int
@@ -159,6 +162,8 @@ class ProgramBuild:
         }
         self._load_layout = SlotLoadLayout(spec.config.vocab_size, spec.max_model_len)
         self._load_slot = self._pool.submit(_timed, self._compile_load_slot)
+        self._mask_layout = MaskLoadLayout(spec.num_slots, spec.config.vocab_size)
+        self._load_masks = self._pool.submit(_timed, self._compile_load_masks)
 
     def __enter__(self) -> Self:
         return self
@@ -171,12 +176,16 @@ class ProgramBuild:
         """Waits for all programs."""
         seconds = {f"compile step of {rows} rows": f.result()[1] for rows, f in self._steps.items()}
         seconds["compile slot load"] = self._load_slot.result()[1]
-        futures: list[Future[tuple[Any, float]]] = [*self._steps.values(), self._load_slot]
+        seconds["compile mask load"] = self._load_masks.result()[1]
+        loads = (self._load_slot, self._load_masks)
+        futures: list[Future[tuple[Any, float]]] = [*self._steps.values(), *loads]
         return Programs(
             steps={rows: future.result()[0] for rows, future in self._steps.items()},
             layouts={layout.num_rows: layout for layout in self._spec.layouts},
             load_slot=self._load_slot.result()[0],
             load_layout=self._load_layout,
+            load_masks=self._load_masks.result()[0],
+            mask_layout=self._mask_layout,
             inputs_sharding=_inputs_sharding(self._spec),
             load_sharding=_load_sharding(self._spec),
             num_replicas=self._spec.mesh.data,
@@ -188,13 +197,26 @@ class ProgramBuild:
     def _compile_load_slot(self) -> Any:
         spec, layout = self._spec, self._load_layout
         load: Callable[..., Any] = partial(load_slot, layout=layout)
-        vector = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         if spec.sharding is not None:
             load = make_mesh_load_slot(spec.sharding, layout)
+        return self._compile_load(load, spec.arrays.slots, layout.size)
+
+    def _compile_load_masks(self) -> Any:
+        spec, layout = self._spec, self._mask_layout
+        load: Callable[..., Any] = partial(load_masks, layout=layout)
+        if spec.sharding is not None:
+            load = make_mesh_load_masks(spec.sharding, layout)
+        return self._compile_load(load, spec.arrays.slots.allowed_mask, layout.size)
+
+    def _compile_load(self, load: Callable[..., Any], loaded: Any, size: int) -> Any:
+        """Of `load(loaded, vector)`, whose first argument is donated."""
+        spec = self._spec
+        vector = jax.ShapeDtypeStruct((size,), jnp.int32)
+        if spec.sharding is not None:
             vector = jax.ShapeDtypeStruct(
-                (spec.sharding.shape.data, layout.size), jnp.int32, sharding=_load_sharding(spec)
+                (spec.sharding.shape.data, size), jnp.int32, sharding=_load_sharding(spec)
             )
-        return jax.jit(load, donate_argnums=0).lower(spec.arrays.slots, vector).compile()
+        return jax.jit(load, donate_argnums=0).lower(loaded, vector).compile()
 
 
 def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:

@@ -6,14 +6,17 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jaxserve.engine.detokenizer import DetokenizerFactory
-from jaxserve.engine.engine_core import EngineCore, EngineSnapshot
+from jaxserve.engine.engine_core import STEP_END_TIMEOUT_S, EngineCore, EngineSnapshot
+from jaxserve.engine.grammar.compiler import GrammarCompiler
+from jaxserve.engine.grammar.masks import MaskWorker, RequestMasks
 from jaxserve.engine.loop import StepExecutor
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputProcessor
-from jaxserve.engine.request import GenerationRequest, Request
+from jaxserve.engine.request import FinishReason, GenerationRequest, Request
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.replica_scheduler import ReplicaScheduler
 from jaxserve.engine.scheduler.scheduler import Scheduler
@@ -44,10 +47,15 @@ class Engine(EngineCore):
         clock: Callable[[], float] = time.monotonic,
         max_model_len: int | None = None,
         count_compiles: Callable[[], int] = lambda: 0,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """`count_compiles` returns the compilations since the engine was ready."""
+        """`count_compiles` returns the compilations since the engine was ready; `grammars`, which
+        the engine then closes, may have begun to read the vocabulary."""
         config = scheduler.config
         metrics = EngineMetrics()
+        self.grammars = grammars or make_grammar_compiler(tokenizer, model_config)
+        """Who must not wait gets a constraint's grammar here and puts it into the request."""
+        self._mask_worker = MaskWorker(self.grammars, on_ready=self._wake)
         super().__init__(
             scheduler,
             executor,
@@ -57,13 +65,17 @@ class Engine(EngineCore):
             max_queued_tokens=config.max_queued_tokens,
             clock=clock,
             count_compiles=count_compiles,
+            masks=self._mask_worker,
         )
         self.max_model_len = config.max_model_len if max_model_len is None else max_model_len
         self._vocab_size = model_config.vocab_size
-        self._eos_token_ids = frozenset(model_config.eos_token_ids + tokenizer.eos_token_ids)
+        self._eos_token_ids = frozenset(_eos_token_ids(tokenizer, model_config))
 
     def validate(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequest naming the field, unless it can be served."""
+        """Raises InvalidRequest naming the field, unless it can be served.
+
+        Waits for the grammar of a constraint that the request comes without.
+        """
         sampling = request.sampling
         sampling.validate(vocab_size=self._vocab_size)
         num_prompt_tokens = len(request.prompt_token_ids)
@@ -95,6 +107,15 @@ class Engine(EngineCore):
                     "allowed_token_ids leaves only ids that stop, which min_tokens forbids: "
                     "allow another id or drop min_tokens",
                 )
+        if sampling.constraint is not None and request.grammar is None:
+            self.grammars.compile(sampling.constraint)
+
+    def stop(self, timeout_s: float = STEP_END_TIMEOUT_S) -> bool:
+        """As `EngineCore.stop`."""
+        self.grammars.close()
+        has_ended = super().stop(timeout_s)
+        self._mask_worker.close()
+        return has_ended
 
     def snapshot(self) -> EngineSnapshot:
         """May be called from any thread; the figures may be a step apart."""
@@ -126,14 +147,36 @@ class Engine(EngineCore):
         sampling = request.sampling
         room = self.max_model_len - len(request.prompt_token_ids)
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        return Request(
+        record = Request(
             generation=request,
             max_tokens=max_tokens,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             stop_token_ids=self._stop_token_ids(sampling),
             arrival_s=self._clock(),
         )
+        if sampling.constraint is not None:
+            grammar = request.grammar or self.grammars.compile(sampling.constraint)
+            on_stuck = partial(self._inbox.end_request, record, FinishReason.ERROR)
+            record.masks = RequestMasks(grammar, self._mask_worker, on_stuck)
+        return record
+
+    def _wake(self) -> None:
+        """A mask is there. The inbox is younger than who calls this."""
+        self._inbox.wake()
 
     def _stop_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
         return eos_token_ids | frozenset(sampling.stop_token_ids)
+
+
+def make_grammar_compiler(tokenizer: Tokenizer, model_config: ModelConfig) -> GrammarCompiler:
+    """Of the constraints that a model's requests may have."""
+    return GrammarCompiler(
+        tokenizer,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=_eos_token_ids(tokenizer, model_config),
+    )
+
+
+def _eos_token_ids(tokenizer: Tokenizer, model_config: ModelConfig) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(model_config.eos_token_ids + tokenizer.eos_token_ids))

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 from jaxserve.engine.failure_log import log_failure
 from jaxserve.engine.inbox import Arrival, Errand, Inbox
-from jaxserve.engine.loop import Committed, EngineLoop, Outputs, StepExecutor, StepScheduler
+from jaxserve.engine.loop import (
+    Committed,
+    EngineLoop,
+    Outputs,
+    PendingMasks,
+    StepExecutor,
+    StepScheduler,
+)
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputSink
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
@@ -71,6 +78,7 @@ class EngineCore(ABC):
         max_queued_requests, max_queued_tokens: bounds of the queue.
         clock: the engine's, in seconds.
         count_compiles: returns the compilations since the engine was ready.
+        masks: of constrained requests, where there can be some.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class EngineCore(ABC):
         max_queued_tokens: int,
         clock: Callable[[], float],
         count_compiles: Callable[[], int],
+        masks: PendingMasks | None = None,
     ) -> None:
         self.metrics = metrics
         self._scheduler = scheduler
@@ -92,7 +101,7 @@ class EngineCore(ABC):
         self._inbox = Inbox(
             max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens
         )
-        self._loop = EngineLoop(scheduler, executor, self._inbox, outputs, metrics, clock)
+        self._loop = EngineLoop(scheduler, executor, self._inbox, outputs, metrics, clock, masks)
         self._failed = False
         # Daemon: a process that forgets to stop the engine can still end.
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)

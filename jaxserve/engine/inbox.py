@@ -54,6 +54,7 @@ class Inbox:
         self._errands: list[Errand] = []
         self._live: dict[str, Request] = {}
         self._delivering = False
+        self._woken = False
         self._num_waiting = 0
         self._num_waiting_tokens = 0
         self._refusal: str | None = None
@@ -151,9 +152,10 @@ class Inbox:
 
     def take(self) -> Mail:
         """The loop takes what is here; arrivals count as waiting from now on."""
-        if not (self._arrivals or self._ends or self._errands):
+        if not (self._arrivals or self._ends or self._errands or self._woken):
             return _NO_MAIL
         with self._changed:
+            self._woken = False
             mail = Mail(tuple(self._arrivals), tuple(self._ends), tuple(self._errands))
             self._num_waiting += len(self._arrivals)
             self._num_waiting_tokens += self._num_arrival_tokens
@@ -171,12 +173,20 @@ class Inbox:
             self._num_waiting_tokens = num_tokens
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Blocks until mail or a stop; False if the time ran out first."""
+        """Blocks until mail, `wake` or a stop; False if the time ran out first."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: bool(self._arrivals or self._ends or self._errands or self._stopping),
+                lambda: bool(
+                    self._arrivals or self._ends or self._errands or self._woken or self._stopping
+                ),
                 timeout_s,
             )
+
+    def wake(self) -> None:
+        """The loop may be able to plan what it could not before."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
 
     def wait_for_step(self) -> bool:
         """Mail waits for the step in flight: there is nothing to wake the

@@ -52,6 +52,8 @@ class JaxExecutor:
         step = self._packers.take(plan)
         for vectors in self._packers.loads(step):
             self.device.load_slot(vectors)
+        for vectors in self._packers.mask_loads(step):
+            self.device.load_masks(vectors)
         num_rows = num_step_rows(step)
         outputs = self.device.step(num_rows, self._packers.vectors([step], num_rows))
         self._in_flight.append((plan, outputs))

@@ -25,6 +25,8 @@ from jaxserve.errors import NotAccepting, QueueFull
 logger = logging.getLogger(__name__)
 
 _INTEGRITY_CHECK_AFTER_IDLE_S = 1.0
+_MASK_PATIENCE = 0.25
+"""Of the last step's time: how long a plan waits for masks while the device has another step."""
 
 
 class Arrivals(Protocol):
@@ -89,6 +91,18 @@ class StepExecutor(Protocol):
     def next_completion(self) -> tuple[Any, Any]: ...
 
 
+class PendingMasks(Protocol):
+    """Masks of constrained requests that are computed beside the steps."""
+
+    @property
+    def num_pending(self) -> int: ...
+    def start_batch(self) -> None:
+        """The tokens of the step that was committed are complete."""
+        ...
+
+    def wait(self, timeout_s: float) -> bool: ...
+
+
 class Outputs(Protocol):
     """What becomes of tokens: the engine's `OutputProcessor`, or a stopwatch."""
 
@@ -133,10 +147,12 @@ class EngineLoop:
         outputs: Outputs,
         metrics: EngineMetrics,
         clock: Callable[[], float],
+        masks: PendingMasks | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._arrivals = arrivals
+        self._masks = masks
         self._outputs = outputs
         self._metrics = metrics
         self._clock = clock
@@ -156,6 +172,7 @@ class EngineLoop:
         self._last_completed_s = self._device_idle_since_s
         self._woken_s = self._device_idle_since_s
         """When work came after an idle time."""
+        self._last_step_s = 0.0
 
     @property
     def num_in_flight(self) -> int:
@@ -182,6 +199,11 @@ class EngineLoop:
         """Feeds the device, emits `committed`, and returns the next committed
         step; None when nothing is in flight, or when mail came first."""
         self._ingest()
+        if self._masks is not None and self._masks.num_pending and self._in_flight:
+            # The device has work: rows that get their mask by now don't miss the next step.
+            self.emit(committed)
+            committed = None
+            self._masks.wait(_MASK_PATIENCE * self._last_step_s)
         self._feed_device()
         self.emit(committed)
         if not self._in_flight or not self._arrivals.wait_for_step():
@@ -358,12 +380,15 @@ class EngineLoop:
         self._last_completed_s = self._device_idle_since_s = now_s
         self._in_flight.popleft()
         self._can_plan = True
+        self._last_step_s = now_s - started_s
         updates = self._scheduler.commit(plan, results, now_s)
+        if self._masks is not None:
+            self._masks.start_batch()
         self._metrics.observe_step(
             StepRecord(
                 step_id=plan.step_id,
                 completed_s=now_s,
-                step_s=now_s - started_s,
+                step_s=self._last_step_s,
                 host_gap_s=step.host_gap_s,
                 device_wait_s=now_s - waited_from_s,
                 num_tokens=plan.num_tokens,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxserve.engine.mask_loads import MaskLoadLayout, load_masks
 from jaxserve.engine.slots import SlotLoadLayout, SlotState, load_slot
 from jaxserve.engine.step import Params, make_step
 from jaxserve.engine.step_inputs import StepLayout
@@ -65,6 +66,22 @@ def make_mesh_load_slot(sharding: ModelSharding, layout: SlotLoadLayout) -> Call
 
     def load(slots: SlotState, vectors: jax.Array) -> SlotState:
         return load_slot(slots, vectors[0], layout=layout)
+
+    slots = sharding.spec(("slots",))
+    return jax.shard_map(
+        load,
+        mesh=sharding.mesh,
+        in_specs=(slots, sharding.spec(("replicas",))),
+        out_specs=slots,
+        check_vma=False,
+    )
+
+
+def make_mesh_load_masks(sharding: ModelSharding, layout: MaskLoadLayout) -> Callable[..., Any]:
+    """`load_masks` of every replica: masks of D * S slots and int32 `[D, layout.size]` to masks."""
+
+    def load(allowed_mask: jax.Array, vectors: jax.Array) -> jax.Array:
+        return load_masks(allowed_mask, vectors[0], layout=layout)
 
     slots = sharding.spec(("slots",))
     return jax.shard_map(

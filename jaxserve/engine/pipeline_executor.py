@@ -80,6 +80,9 @@ class PipelineExecutor:
         # A slot is free again when all plans with it have left, so none in flight reads it.
         for vectors in self._packers.loads(step):
             self.device.load_slot(vectors)
+        # Nor does one in flight sample from a slot whose next mask depends on what it samples.
+        for vectors in self._packers.mask_loads(step):
+            self.device.load_masks(vectors)
         self._plans.append(plan)
         self.stats.num_micro_batches += 1
         self._tick(step)

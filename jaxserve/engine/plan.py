@@ -81,6 +81,15 @@ class SlotLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskLoad:
+    """A slot's next token must be one of these."""
+
+    slot: int
+    words: bytes
+    """uint32 `[ceil(V / 32)]`, little-endian: bit i of word w allows token 32 w + i."""
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRow:
     """One row that goes through the LM head."""
 
@@ -105,6 +114,8 @@ class StepPlan:
     slot_loads: tuple[SlotLoad, ...] = ()
     preempted: tuple[str, ...] = ()
     """Requests that lost their pages and slot while this plan was made."""
+    mask_loads: tuple[MaskLoad, ...] = ()
+    """After `slot_loads`; one at most for a slot. A slot that is loaded allows every token."""
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxserve.engine.mask_loads import MaskLoadLayout
 from jaxserve.engine.plan import StepPlan
 from jaxserve.engine.slots import SlotLoadLayout
 from jaxserve.engine.step_inputs import StepLayout
@@ -19,6 +20,8 @@ class PackedPlan:
     plan: StepPlan
     loads: Sequence[np.ndarray]
     """Slot loads, int32 `[load_layout.size]` each."""
+    mask_loads: Sequence[np.ndarray]
+    """Loads of masks, int32 `[mask_layout.size]` each."""
     vector: np.ndarray
     """int32 `[layout.size]` of the plan's bucket."""
 
@@ -29,11 +32,18 @@ class PlanPacker:
     Args:
         layouts: bucket (rows) -> shapes of its step.
         load_layout: shape of a slot load.
+        mask_layout: shape of a load of masks.
     """
 
-    def __init__(self, layouts: Mapping[int, StepLayout], load_layout: SlotLoadLayout) -> None:
+    def __init__(
+        self,
+        layouts: Mapping[int, StepLayout],
+        load_layout: SlotLoadLayout,
+        mask_layout: MaskLoadLayout,
+    ) -> None:
         self._layouts = layouts
         self._load_layout = load_layout
+        self._mask_layout = mask_layout
         layout = next(iter(layouts.values()))
         # Row S and every unused entry name the spare page.
         self._spare_page = layout.num_pages
@@ -67,7 +77,7 @@ class PlanPacker:
                 self._page_table[chunk.slot, held:end] = chunk.new_pages
                 self._num_slot_pages[chunk.slot] = end
         vector = self._layouts[plan.num_rows_bucket].pack(plan, self._page_table)
-        return PackedPlan(plan, loads, vector)
+        return PackedPlan(plan, loads, tuple(self._mask_layout.vectors(plan.mask_loads)), vector)
 
     def vector(self, packed: PackedPlan | None, num_rows: int) -> np.ndarray:
         """int32 `[layout.size]` for the step of `num_rows` rows, which may be larger than the
@@ -89,6 +99,13 @@ class PlanPacker:
         vector = np.zeros(self._load_layout.size, np.int32)
         self._load_layout.views(vector)["scalars"][0] = len(self._num_slot_pages)
         return vector
+
+    def mask_load(self, packed: PackedPlan | None, index: int) -> np.ndarray:
+        """int32 `[mask_layout.size]` of the plan's load of masks at `index`; without any masks
+        where there is none."""
+        if packed is not None and index < len(packed.mask_loads):
+            return packed.mask_loads[index]
+        return self._mask_layout.pack(())
 
 
 _NOTHING = StepPlan(step_id=-1, num_rows_bucket=0, decodes=(), prefills=())

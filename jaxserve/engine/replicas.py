@@ -29,7 +29,8 @@ class ReplicaPackers:
 
     def __init__(self, programs: Programs, num_replicas: int) -> None:
         self._packers = [
-            PlanPacker(programs.layouts, programs.load_layout) for _ in range(num_replicas)
+            PlanPacker(programs.layouts, programs.load_layout, programs.mask_layout)
+            for _ in range(num_replicas)
         ]
 
     def take(self, plan: AnyPlan) -> PackedStep:
@@ -52,6 +53,19 @@ class ReplicaPackers:
         return [
             np.stack(
                 [packer.load(own, index) for packer, own in zip(self._packers, step, strict=True)]
+            )
+            for index in range(count)
+        ]
+
+    def mask_loads(self, step: PackedStep) -> list[np.ndarray]:
+        """The step's loads of masks, int32 `[D, mask_layout.size]` each."""
+        count = max(0 if packed is None else len(packed.mask_loads) for packed in step)
+        return [
+            np.stack(
+                [
+                    packer.mask_load(own, index)
+                    for packer, own in zip(self._packers, step, strict=True)
+                ]
             )
             for index in range(count)
         ]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxserve.engine.plan import NO_TOKEN
 from jaxserve.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.engine.grammar.compiler import Grammar
 
 
 class FinishReason(StrEnum):
@@ -70,6 +73,24 @@ class GenerationRequest:
     objective: ServiceObjective | None = None
     """For policies and budgets that follow deadlines."""
     account: Account = NOBODY
+    grammar: Grammar | None = None
+    """Of `sampling.constraint`, from who has waited for it; else the engine compiles it when the
+    request is added."""
+
+
+class TokenMasks(Protocol):
+    """Which tokens a constrained request may get next, computed beside the steps."""
+
+    index: int
+    """The output token that `words` are for, counted from 0; -1 while they are computed."""
+    words: bytes
+    """uint32 `[ceil(V / 32)]`, little-endian: bit i of word w allows token 32 w + i."""
+    loaded: bytes | None
+    """What the request's slot holds, as the scheduler last planned it."""
+
+    def push(self, token_id: int) -> None:
+        """The request got this token."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +140,8 @@ class Request:
     last_token_s: float | None = None
     """When its last token was committed."""
     finish_reason: FinishReason | None = None
+    masks: TokenMasks | None = None
+    """Of a constrained request, which samples only when the mask of its next token is there."""
     request_id: str = field(init=False)
     """That of `generation`; a field, since every step asks each sequence for it."""
 
@@ -145,6 +168,13 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens whose ids the host knows: prompt + committed output."""
         return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def has_mask(self) -> bool:
+        """It may sample: it is not constrained, or its next token's mask is there."""
+        masks = self.masks
+        num_output = len(self.output_token_ids) + self.num_pending_tokens
+        return masks is None or masks.index == num_output
 
     @property
     def is_scored(self) -> bool:

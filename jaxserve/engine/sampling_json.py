@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from jaxserve.engine.grammar.constraint import constraint_from_json
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.errors import InvalidRequest
 
@@ -20,8 +21,9 @@ def sampling_from_json(values: Mapping[str, Any]) -> SamplingParams:
     """SamplingParams of a decoded JSON object; `null` is the same as absent.
 
     `stop` may be one string or a list; `logit_bias` is an object
-    `{"token id": bias}` or a list of `[token id, bias]`. Raises InvalidRequest
-    naming a field that is unknown or of the wrong type.
+    `{"token id": bias}` or a list of `[token id, bias]`; `constraint` is an
+    object with one field, such as `{"json_schema": {…}}`. Raises
+    InvalidRequest naming a field that is unknown or of the wrong type.
     """
     parsed = {}
     for name, value in values.items():
@@ -118,4 +120,5 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("allowed_token_ids", "bad_token_ids", "stop_token_ids"), _integers),
     "stop": _strings,
     "logit_bias": _bias,
+    "constraint": constraint_from_json,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jaxserve.engine.grammar.constraint import Constraint
 from jaxserve.errors import InvalidRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -66,6 +67,9 @@ class SamplingParams:
     """Report the sampled token's logprob and this many most likely ones."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
+    constraint: Constraint | None = None
+    """The form that the output must have; it then ends where that is complete. Applied as a
+    mask after the penalties."""
 
     @property
     def is_greedy(self) -> bool:
@@ -93,6 +97,8 @@ class SamplingParams:
                 _bound(name, value, 0, min(MAX_TOP_LOGPROBS, vocab_size))
         self._validate_ids(vocab_size)
         self._validate_stop()
+        if self.constraint is not None:
+            self._validate_constraint(self.constraint)
 
     def _validate_ids(self, vocab_size: int) -> None:
         _count("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
@@ -114,6 +120,20 @@ class SamplingParams:
                 )
         elif len(set(self.bad_token_ids)) >= vocab_size:
             raise InvalidRequest("bad_token_ids", "must leave at least one token id")
+
+    def _validate_constraint(self, constraint: Constraint) -> None:
+        against = {
+            "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens > 0,
+            "allowed_token_ids": self.allowed_token_ids is not None,
+            "bad_token_ids": bool(self.bad_token_ids),
+        }
+        for name, is_set in against.items():
+            if is_set:
+                raise InvalidRequest(
+                    name, "does not go with a constraint, which alone decides what may come next"
+                )
+        constraint.validate()
 
     def _validate_stop(self) -> None:
         _count("stop", len(self.stop), MAX_STOP_STRINGS)

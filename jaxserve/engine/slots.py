@@ -198,7 +198,12 @@ def slot_flags(load: SlotLoad) -> int:
     """The `USES_*` bits of a request."""
     sampling = load.sampling
     uses = (
-        (USES_MASK, sampling.allowed_token_ids is not None or bool(sampling.bad_token_ids)),
+        (
+            USES_MASK,
+            sampling.allowed_token_ids is not None
+            or bool(sampling.bad_token_ids)
+            or sampling.constraint is not None,
+        ),
         (USES_BIAS, bool(sampling.logit_bias)),
         (USES_MIN_TOKENS, sampling.min_tokens > 0 and bool(load.stop_token_ids)),
         (USES_LOGPROBS, sampling.logprobs is not None or sampling.prompt_logprobs is not None),

@@ -23,7 +23,7 @@ from jaxserve.engine.compilation import (
     use_compilation_cache,
 )
 from jaxserve.engine.config import EngineConfig
-from jaxserve.engine.engine import Engine
+from jaxserve.engine.engine import Engine, make_grammar_compiler
 from jaxserve.engine.group.leader import Leader
 from jaxserve.engine.group.leader_device import LeaderDevice
 from jaxserve.engine.group.shared_settings import fingerprint, shared_settings
@@ -33,11 +33,12 @@ from jaxserve.engine.live_weights import LiveWeights
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_device
 from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.pipeline_executor import PipelineExecutor
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, MaskLoad, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.served_params import file_kinds, load_served_params
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.sizing import make_scheduler
+from jaxserve.engine.slots import num_mask_words
 from jaxserve.engine.step import Params
 from jaxserve.engine.step_arrays import abstract_arrays, allocate
 from jaxserve.engine.step_device import StepDevice
@@ -120,6 +121,9 @@ def start_engine(
     with phases.time("load tokenizer"):
         tokenizer = source.load_tokenizer()
     with ExitStack() as on_failure:
+        grammars = make_grammar_compiler(tokenizer, settings.model_config)
+        on_failure.callback(grammars.close)
+        grammars.prepare()  # While XLA compiles.
         counter = CompileCounter()
         on_failure.callback(counter.close)
         step_device = load_and_compile(source, settings, phases)
@@ -144,6 +148,7 @@ def start_engine(
         count_compiles=lambda: (
             counter.count - num_compiles + (0 if leader is None else leader.num_compiles)
         ),
+        grammars=grammars,
     )
     engine.start()
     report = StartupReport(
@@ -231,6 +236,7 @@ def memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 
 
 def _run_first_steps(settings: EngineSettings, executor: AnyExecutor) -> None:
     """A short prompt and a decode through every bucket, on page 0 of slot 0."""
+    every_token = b"\xff" * (4 * num_mask_words(settings.model_config.vocab_size))
     for step_id, rows in enumerate(settings.scheduler.buckets):
         num_tokens = max(1, min(rows, settings.scheduler.page_size - 1))
         token_ids = (0,) * num_tokens
@@ -244,7 +250,8 @@ def _run_first_steps(settings: EngineSettings, executor: AnyExecutor) -> None:
             stop_token_ids=(),
         )
         chunk = Chunk("first-step", 0, 0, num_tokens, token_ids, True, new_pages=(0,))
-        executor.submit(StepPlan(step_id, rows, (), (chunk,), slot_loads=(load,)))
+        masks = (MaskLoad(0, every_token),)
+        executor.submit(StepPlan(step_id, rows, (), (chunk,), (load,), mask_loads=masks))
         decode = Chunk("first-step", 0, num_tokens, 1, (), True, new_pages=())
         executor.submit(StepPlan(step_id, rows, (decode,), ()))
         for _ in range(2):

@@ -6,6 +6,8 @@ them, can run the same steps in the same order.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -40,6 +42,12 @@ class StepDevice:
         """Loads a slot of each replica: int32 `[D, load_layout.size]`."""
         placed = self._put(vectors, self.programs.load_sharding)
         self.slots = self.programs.load_slot(self.slots, placed)
+
+    def load_masks(self, vectors: np.ndarray) -> None:
+        """Loads masks of slots of each replica: int32 `[D, mask_layout.size]`."""
+        placed = self._put(vectors, self.programs.load_sharding)
+        allowed_mask = self.programs.load_masks(self.slots.allowed_mask, placed)
+        self.slots = replace(self.slots, allowed_mask=allowed_mask)
 
     def step(self, num_rows: int, vectors: np.ndarray) -> jax.Array:
         """Dispatches the step of a bucket: int32 `[D, P, layout.size]` to its outputs.

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.server.pacing import IMMEDIATE, Pacing
 from jaxserve.server.tls import TlsFiles
+from jaxserve.server.tool_calls.formats import FORMATS
 
 MIB = 1 << 20
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -54,6 +55,8 @@ class ServerConfig:
     """For its body."""
     http_stall_timeout_s: float = 60.0
     """An HTTP client that takes nothing of its reply for so long is cut off."""
+    tool_call_parser: str | None = None
+    """How the model writes calls of tools, one of `FORMATS`. Without it tools are refused."""
     max_connection_age_s: float | None = None
     """Close connections after this time, so that clients balance anew."""
     degraded_after_s: float = 60.0
@@ -69,6 +72,11 @@ class ServerConfig:
             raise ConfigError(f"--grpc-port and --http-port are both {self.grpc_port}: change one")
         if not 0 <= self.drain_timeout_s < float("inf"):
             raise ConfigError(f"--drain-timeout-s must not be negative, not {self.drain_timeout_s}")
+        if self.tool_call_parser not in (None, *FORMATS):
+            raise ConfigError(
+                f"--tool-call-parser must be one of {', '.join(FORMATS)}, not "
+                f"{self.tool_call_parser!r}"
+            )
         if not self.host:
             raise ConfigError("--host must be an address, e.g. 127.0.0.1")
         try:

@@ -6,6 +6,7 @@ a setting has the same name in both, so the descriptors are the only table.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from jaxserve.engine.grammar.constraint import Constraint, ConstraintKind, constraint_from_json
 from jaxserve.engine.request import FinishReason, RequestOutput, TokenLogprobs, Usage
 from jaxserve.engine.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -147,6 +149,8 @@ def _plain(field: FieldDescriptor, value: Any) -> Any:
         return tuple((entry.token_id, entry.bias) for entry in value)
     if field.name == "allowed_token_ids":
         return tuple(value.ids)
+    if field.name == "constraint":
+        return _constraint(value)
     if field.type == FieldDescriptor.TYPE_FLOAT:
         # The number that the client wrote: 0.01 is no float32, and the nearest
         # one would be below a bound of 0.01.
@@ -166,10 +170,22 @@ def pacing(request: pb.GenerateRequest, of_server: Pacing) -> Pacing:
     return effective
 
 
+def _constraint(message: pb.Constraint) -> Constraint:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequest("constraint", f"must be one of {', '.join(ConstraintKind)}")
+    value: Any = list(message.choice.texts) if kind == "choice" else getattr(message, kind)
+    if kind == "json_schema":
+        # As the client wrote it; `validate` sees whether it is JSON.
+        return Constraint(ConstraintKind.JSON_SCHEMA, value)
+    return constraint_from_json("constraint", {kind: value})
+
+
 def client_field(field: str, request: pb.GenerateRequest | pb.TokenizeRequest) -> str:
     """The path that the client wrote for a field that the engine names."""
-    if field in SETTING_PATHS:
-        return SETTING_PATHS[field]
+    setting, _, part = field.partition(".")
+    if setting in SETTING_PATHS:
+        return f"{SETTING_PATHS[setting]}.{part}" if part else SETTING_PATHS[setting]
     if field in ("prompt", "prompt_token_ids"):
         return {
             "text": "text.text",
@@ -230,10 +246,23 @@ def _set(group: Message, name: str, value: Any) -> None:
         getattr(group, name).extend(entries)
     elif name == "allowed_token_ids":
         getattr(group, name).CopyFrom(pb.TokenIds(ids=value))
+    elif name == "constraint":
+        getattr(group, name).CopyFrom(_constraint_message(value))
     elif group.DESCRIPTOR.fields_by_name[name].is_repeated:
         getattr(group, name).extend([value] if isinstance(value, str) else value)
     else:
         setattr(group, name, value)
+
+
+def _constraint_message(value: Mapping[str, Any]) -> pb.Constraint:
+    """Of what `constraint_from_json` takes, where a schema may be JSON text as well."""
+    fields = dict(value)
+    if "choice" in fields:
+        fields["choice"] = pb.Choice(texts=fields["choice"])
+    schema = fields.get("json_schema")
+    if schema is not None and not isinstance(schema, str):
+        fields["json_schema"] = json.dumps(schema)
+    return pb.Constraint(**fields)
 
 
 # Replies

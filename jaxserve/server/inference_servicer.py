@@ -18,6 +18,7 @@ from jaxserve.server import convert
 from jaxserve.server.access.door import Door
 from jaxserve.server.access.grpc_access import authorize
 from jaxserve.server.access.tenant import Tenant
+from jaxserve.server.grammars import grammar_of
 from jaxserve.server.metadata import REQUEST_ID_KEY
 from jaxserve.server.pacing import IMMEDIATE, Pacing, paced
 from jaxserve.server.prompt_limits import check_request_id
@@ -132,6 +133,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         convert.check_request(request, serving.limits)
         sampling = convert.sampling_params(request)
         sampling.validate(vocab_size=serving.limits.vocab_size)
+        grammar = await grammar_of(sampling.constraint, serving)
         deadline_s = self._deadline_s(context)
         if request.WhichOneof("prompt") == "token_ids":
             token_ids = tuple(request.token_ids.ids)
@@ -143,6 +145,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             sampling=sampling,
             deadline_s=deadline_s,
             cache_salt=request.cache.cache_salt,
+            grammar=grammar,
         )
 
     def _tenant(self, method: str, context: Context) -> Tenant:

@@ -176,6 +176,7 @@ def _serving_of_generator(running: RunningEngine) -> Serving:
         num_startup_compiles=running.report.num_compiles,
         weights_name=lambda: running.weights.name,
         weight_swaps=lambda: running.weights.swaps,
+        grammars=running.engine.grammars,
     )
 
 

@@ -24,6 +24,7 @@ from jaxserve.server.prompt_limits import PromptLimits
 if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine
     from jaxserve.engine.engine_core import EngineCore
+    from jaxserve.engine.grammar.compiler import GrammarCompiler
     from models.tokenizer import Tokenizer
 
 
@@ -100,6 +101,8 @@ class Serving:
     """The version of the weights that a request which comes now will get."""
     weight_swaps: Callable[[], WeightSwaps] = WeightSwaps
     """Of weights that can be exchanged; without any for those that cannot."""
+    grammars: GrammarCompiler | None = None
+    """Of the engine; None for an encoder, which generates nothing to constrain."""
 
     def require_generation(self) -> None:
         """Raises NotSupported if the model is an encoder."""

@@ -46,7 +46,8 @@ class RecordedArrivals:
 
     `recording.steps` has to be filled as steps complete (`ObservedExecutor`).
     Raises ValueError for a request with a deadline: it ends by the clock, which
-    is another one in a replay.
+    is another one in a replay. And for one with a constraint, whose masks come
+    at their own time.
     """
 
     def __init__(self, arrivals: Arrivals, recording: Recording) -> None:
@@ -59,6 +60,8 @@ class RecordedArrivals:
             requests = tuple(_as_arrived(arrival.request) for arrival in mail.arrivals)
             if any(request.generation.deadline_s is not None for request in requests):
                 raise ValueError("a request with a deadline cannot be recorded for replay")
+            if any(arrival.request.masks is not None for arrival in mail.arrivals):
+                raise ValueError("a constrained request cannot be recorded for replay")
             num_completed = len(self._recording.steps)
             self._recording.mails.append(TakenMail(num_completed, requests, mail.ends))
         return mail

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
+from jaxserve.engine.grammar.constraint import Constraint, ConstraintKind
 from jaxserve.engine.sampling_json import SAMPLING_FIELDS, sampling_from_json
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.errors import InvalidRequest
@@ -29,13 +30,16 @@ EXAMPLES = {
     "skip_special_tokens": False,
     "logprobs": 3,
     "prompt_logprobs": 0,
+    "constraint": {"choice": ["a", "b"]},
 }
 
 
 def test_every_field_is_understood() -> None:
     assert EXAMPLES.keys() == SAMPLING_FIELDS
     params = sampling_from_json(EXAMPLES)
-    params.validate(vocab_size=100)
+    assert params.constraint == Constraint(ConstraintKind.CHOICE, choices=("a", "b"))
+    # It contradicts some of the others.
+    replace(params, constraint=None).validate(vocab_size=100)
     for field in fields(SamplingParams):
         value, example = getattr(params, field.name), EXAMPLES[field.name]
         assert value != field.default

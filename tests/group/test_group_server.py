@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -54,7 +55,11 @@ def pair(setup: Setup, tmp_path: Path) -> Iterator[ServerProcess]:
 
 def _answers(address: str) -> dict[str, tuple[list[int], list[float]]]:
     with Client(address) as client:
-        return {prompt: outputs(client, prompt, count) for prompt, count in PROMPTS.items()}
+        answers = {prompt: outputs(client, prompt, count) for prompt, count in PROMPTS.items()}
+        constraint = {"regex": "([a-f]{3} ){4}[0-9]"}
+        held = list(client.generate("Held", temperature=0, max_tokens=40, constraint=constraint))
+        assert re.fullmatch(constraint["regex"], "".join(output.text for output in held))
+        return answers
 
 
 def _lose(server: ServerProcess, pid: int, number: signal.Signals) -> str:

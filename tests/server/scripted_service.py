@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxserve.client import Client
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.plan import StepPlan, StepResults
+from jaxserve.engine.plan import SampleRow, SlotLoad, StepPlan, StepResults
 from jaxserve.engine.sampling_params import MAX_TOP_LOGPROBS
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.scheduler.config import SchedulerConfig
@@ -57,8 +57,10 @@ SCHEDULER_CONFIG = SchedulerConfig(
     max_queued_tokens=2048,
 )
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('unknown role') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('unknown role') }}{% endif %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -80,7 +82,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 class ScriptedExecutor:
-    """Samples the script. A step ends after `step_s`, when `gate` is open."""
+    """Samples the script, or `script` if there is one; a slot with a mask gets that token if it
+    is allowed, else the first one that is. A step ends after `step_s`, when `gate` is open."""
 
     depth = 2
 
@@ -91,8 +94,13 @@ class ScriptedExecutor:
         self.fails = False
         self.failure = "the secret prompt broke the device"
         self.plans: list[StepPlan] = []
+        self.script: list[int] | None = None
+        """Token ids that every request says, one after the other."""
         self._in_flight: deque[StepPlan] = deque()
         self._ids = [tokenizer.encode(letter)[0] for letter in TEXT]
+        self._slots: dict[int, SlotLoad] = {}
+        self._masks: dict[int, np.ndarray] = {}
+        self._tokens: deque[list[int]] = deque()
 
     def can_accept(self) -> bool:
         return len(self._in_flight) < self.depth
@@ -102,6 +110,23 @@ class ScriptedExecutor:
             raise RuntimeError("too many plans in flight")
         self.plans.append(plan)
         self._in_flight.append(plan)
+        for load in plan.slot_loads:
+            self._slots[load.slot] = load
+            self._masks.pop(load.slot, None)
+        for mask in plan.mask_loads:
+            bits = np.unpackbits(np.frombuffer(mask.words, np.uint8), bitorder="little")
+            self._masks[mask.slot] = np.flatnonzero(bits)
+        self._tokens.append([self._token(row) for row in plan.sample_rows()])
+
+    def _token(self, row: SampleRow) -> int:
+        if row.target >= 0:
+            return row.target
+        token = self._ids[(row.position + 1) % len(TEXT)]
+        if self.script is not None:
+            index = row.position + 1 - len(self._slots[row.slot].prompt_token_ids)
+            token = self.script[min(index, len(self.script) - 1)]
+        allowed = self._masks.get(row.slot)
+        return token if allowed is None or token in allowed else int(allowed[0])
 
     def next_completion(self) -> tuple[StepPlan, StepResults]:
         plan = self._in_flight.popleft()
@@ -109,10 +134,8 @@ class ScriptedExecutor:
         self.gate.wait()
         if self.fails:
             raise RuntimeError(self.failure)
-        rows = list(plan.sample_rows())
-        ids = [self._ids[(row.position + 1) % len(TEXT)] for row in rows]
-        ids = [row.target if row.target >= 0 else ids[i] for i, row in enumerate(rows)]
-        n = len(rows)
+        ids = self._tokens.popleft()
+        n = len(ids)
         return plan, StepResults(
             step_id=plan.step_id,
             token_ids=np.array(ids, np.int32),
@@ -131,6 +154,12 @@ class Service:
     scheduler: Scheduler
     executor: ScriptedExecutor | None
     loop: asyncio.AbstractEventLoop
+
+    def will_say(self, text: str) -> None:
+        """Every answer from now on is this text and an end, as far as a constraint allows it."""
+        assert self.executor is not None
+        tokenizer = byte_tokenizer()
+        self.executor.script = [*tokenizer.encode(text), *tokenizer.eos_token_ids]
 
     @property
     def http_url(self) -> str:
@@ -157,6 +186,7 @@ class Service:
                 limits=PromptLimits.of_model(MODEL_CONFIG.vocab_size, self.engine.max_model_len),
                 num_startup_compiles=2,
                 weights_name=lambda: "scripted@7",
+                grammars=self.engine.grammars,
             )
         )
 

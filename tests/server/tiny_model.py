@@ -21,7 +21,7 @@ ENGINE_FLAGS = {
 }
 
 
-def write_tiny_model(folder: Path) -> Path:
+def write_tiny_model(folder: Path, context: int = CONTEXT) -> Path:
     """Random weights of a Llama and a tokenizer of one token a byte."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_weights(), folder / "model.safetensors")
@@ -34,7 +34,7 @@ def write_tiny_model(folder: Path) -> Path:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": CONTEXT,
+        "max_position_embeddings": context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,

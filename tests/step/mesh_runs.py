@@ -17,6 +17,8 @@ from jaxserve.engine.launch import start_devices
 
 NUM_DEVICES = 8
 GOLDENS = Path(__file__).parent.parent / "goldens" / "tiny"
+MASKED = (3, 6)
+"""Requests whose tokens must be even and odd by turns."""
 WIDE = "wide"
 """A Llama that eight devices and four stages can share, with fewer KV heads than devices."""
 
@@ -124,6 +126,7 @@ def _model(name: str) -> tuple[Any, Any]:
 def _requests(count: int, vocab_size: int) -> list[Any]:
     import numpy as np
 
+    from jaxserve.engine.grammar.constraint import Constraint, ConstraintKind
     from jaxserve.engine.sampling_params import SamplingParams
     from tests.step.harness import make_request
 
@@ -133,6 +136,7 @@ def _requests(count: int, vocab_size: int) -> list[Any]:
         prompt = tuple(draws.integers(0, vocab_size - 7, (1, 30, 9, 44, 17)[number % 5]).tolist())
         sampling = SamplingParams(
             temperature=0.9 * (number % 2),
+            constraint=Constraint(ConstraintKind.JSON_OBJECT) if number in MASKED else None,
             top_p=(1.0, 0.9)[number % 3 == 1],
             repetition_penalty=(1.0, 1.2)[number % 4 == 2],
             seed=number + 1,
@@ -140,8 +144,29 @@ def _requests(count: int, vocab_size: int) -> list[Any]:
             ignore_eos=True,
             logprobs=1,
         )
-        requests.append(make_request(f"r{number}", prompt, sampling, max_model_len=64))
+        request = make_request(f"r{number}", prompt, sampling, max_model_len=64)
+        if number in MASKED:
+            request.masks = AlternatingMasks(vocab_size)
+        requests.append(request)
     return requests
+
+
+class AlternatingMasks:
+    """Even tokens and odd ones by turns: masks of a constrained request that are there at once."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._num_words = -(-vocab_size // 32)
+        self.index = 0
+        self.words = self._words_at(0)
+        self.loaded: bytes | None = None
+
+    def push(self, token_id: int) -> None:
+        assert token_id % 2 == self.index % 2, f"token {token_id} at {self.index}"
+        self.index += 1
+        self.words = self._words_at(self.index)
+
+    def _words_at(self, index: int) -> bytes:
+        return (b"\x55" if index % 2 == 0 else b"\xaa") * (4 * self._num_words)
 
 
 def _scored(model: str) -> list[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxserve.distributed import join
 from jaxserve.engine.group.config import GroupConfig, join_address
 from jaxserve.engine.group.errors import GroupError
-from jaxserve.engine.group.frames import SLOT_LOAD, Frame, FrameError, FrameSocket, Kind
+from jaxserve.engine.group.frames import MASK_LOAD, SLOT_LOAD, Frame, FrameError, FrameSocket, Kind
 from jaxserve.engine.group.gathering import GATHER_TIMEOUT_S, versions
 from jaxserve.engine.group.handshake import WrongToken, prove_to_leader
 from jaxserve.engine.group.liveness import (
@@ -38,6 +38,7 @@ class DeviceCalls(Protocol):
     """What a follower runs: the calls of `StepDevice`."""
 
     def load_slot(self, vectors: np.ndarray) -> None: ...
+    def load_masks(self, vectors: np.ndarray) -> None: ...
     def step(self, num_rows: int, vectors: np.ndarray) -> jax.Array: ...
 
 
@@ -96,6 +97,8 @@ def _run(calls: DeviceCalls, link: _LeaderLink) -> None:
         vector = frame.array()
         if frame.rows == SLOT_LOAD:
             calls.load_slot(vector)
+        elif frame.rows == MASK_LOAD:
+            calls.load_masks(vector)
         else:
             link.note_step(frame.number, calls.step(frame.rows, vector))
 

@@ -23,6 +23,8 @@ MAX_PAYLOAD_BYTES = 1 << 26
 
 SLOT_LOAD = 0
 """In place of the rows of a bucket: the program that loads a slot."""
+MASK_LOAD = (1 << 32) - 1
+"""The program that loads masks."""
 
 _HEADER = struct.Struct("<IIQQ")
 """kind, bytes of the payload, number, rows."""
@@ -41,7 +43,7 @@ class Kind(IntEnum):
     CONFIG = 2
     """JSON: the settings that all processes compile for."""
     PROGRAM = 3
-    """An array: run the program of `rows` rows (0: load a slot) with it."""
+    """An array: run the program of `rows` rows, or `SLOT_LOAD` or `MASK_LOAD`, with it."""
     LEADER_BEAT = 4
     """The leader is there."""
     END = 5

@@ -18,7 +18,7 @@ from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.group.config import LEADER_ID, GroupConfig, join_address
 from jaxserve.engine.group.errors import GroupError
 from jaxserve.engine.group.follower_link import FollowerLink
-from jaxserve.engine.group.frames import SLOT_LOAD, Frame, Kind
+from jaxserve.engine.group.frames import MASK_LOAD, SLOT_LOAD, Frame, Kind
 from jaxserve.engine.group.gathering import Gathering
 from jaxserve.engine.group.liveness import (
     BEAT_S,
@@ -124,6 +124,10 @@ class Leader:
     def tell_slot_load(self, vectors: npt.NDArray[np.int32]) -> None:
         """Has all followers load a slot, after all that they were told before."""
         self._tell(SLOT_LOAD, vectors)
+
+    def tell_mask_load(self, vectors: npt.NDArray[np.int32]) -> None:
+        """Has all followers load masks, after all that they were told before."""
+        self._tell(MASK_LOAD, vectors)
 
     def tell_step(self, num_rows: int, vectors: npt.NDArray[np.int32]) -> None:
         """Has all followers run the step of a bucket, after all that they were told before."""

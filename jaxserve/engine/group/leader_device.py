@@ -34,6 +34,10 @@ class LeaderDevice(StepDevice):
         self._leader.tell_slot_load(vectors)
         self._guarded(lambda: super(LeaderDevice, self).load_slot(vectors))
 
+    def load_masks(self, vectors: np.ndarray) -> None:
+        self._leader.tell_mask_load(vectors)
+        self._guarded(lambda: super(LeaderDevice, self).load_masks(vectors))
+
     def step(self, num_rows: int, vectors: np.ndarray) -> jax.Array:
         self._leader.tell_step(num_rows, vectors)
         return self._guarded(lambda: super(LeaderDevice, self).step(num_rows, vectors))

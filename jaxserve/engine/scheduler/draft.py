@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, MaskLoad, SlotLoad, StepPlan
 from jaxserve.engine.request import Request
 from jaxserve.engine.scheduler.admission import (
     find_cached_pages,
@@ -74,6 +74,7 @@ class StepDraft:
         self._decodes: list[Chunk] = []
         self._prefills: list[Chunk] = []
         self._slot_loads: list[SlotLoad] = []
+        self._mask_loads: list[MaskLoad] = []
         self._preempted: list[str] = []
 
     @property
@@ -187,6 +188,9 @@ class StepDraft:
         request = state.waiting.head
         if request is None or self._preempted or not state.free_slots:
             return False
+        # After a preemption its next mask may still be on its way. From here on it stays.
+        if not request.has_mask:
+            return False
         cached_pages = find_cached_pages(self._state, request)
         start = len(cached_pages) * self._config.page_size
         request.num_prefill_tokens = request.num_tokens
@@ -221,6 +225,7 @@ class StepDraft:
             prefills=tuple(self._prefills),
             slot_loads=tuple(self._slot_loads),
             preempted=tuple(self._preempted),
+            mask_loads=tuple(self._mask_loads),
         )
 
     def _decode_ready(self) -> list[Request]:
@@ -232,6 +237,8 @@ class StepDraft:
         ]
         if not self._config.chain_decodes:
             ready = [request for request in ready if not request.num_in_flight_steps]
+        if self._state.num_masked:
+            ready = [request for request in ready if request.has_mask]
         most = self._room.num_seqs
         return ready[:most] if len(ready) > most else ready
 
@@ -254,7 +261,8 @@ class StepDraft:
     def _can_decode(self, request: Request) -> bool:
         """As in `_decode_ready`, for one request whose prefill is complete."""
         returned = self._config.chain_decodes or not request.num_in_flight_steps
-        return returned and request.num_computed_tokens < request.max_computed_tokens
+        may_decode = request.num_computed_tokens < request.max_computed_tokens
+        return returned and may_decode and request.has_mask
 
     def _victim(self) -> Request:
         """The youngest running request of the lowest class."""
@@ -285,6 +293,9 @@ class StepDraft:
 
         One loop without calls: it runs for every sequence in every step.
         """
+        if self._state.num_masked:
+            for request in requests:
+                self._load_mask(request)
         page_size, add_chunk, new = self._config.page_size, self._decodes.append, tuple.__new__
         no_pages: tuple[int, ...] = ()
         for request in requests:
@@ -333,8 +344,18 @@ class StepDraft:
         self._prefills.append(chunk)
         self._prefill_requests.append(request)
         self._room.take_chunk(chunk)
+        if chunk.samples:
+            self._load_mask(request)
         request.num_computed_tokens = end
         request.num_in_flight_steps += 1
+
+    def _load_mask(self, request: Request) -> None:
+        """Brings the mask of its next token, if it has one, to its slot, unless that holds it."""
+        masks = request.masks
+        if masks is not None and masks.words != masks.loaded:
+            assert request.slot is not None
+            self._mask_loads.append(MaskLoad(request.slot, masks.words))
+            masks.loaded = masks.words
 
     def _take_slot(self, request: Request, cached_pages: list[int], num_new_pages: int) -> None:
         state = self._state
@@ -344,6 +365,9 @@ class StepDraft:
         request.page_ids = cached_pages + state.pages.allocate(num_new_pages)
         request.num_registered_pages = len(cached_pages)
         request.slot = state.free_slots.pop()
+        if request.masks is not None:
+            request.masks.loaded = None
+            state.num_masked += 1
         if request.first_scheduled_s is None:
             request.first_scheduled_s = self.now_s
             request.num_cached_tokens = len(cached_pages) * self._config.page_size

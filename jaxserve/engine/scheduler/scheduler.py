@@ -304,6 +304,8 @@ class Scheduler:
         reason = finish_reason_after(request, token_id)
         if reason is None:
             request.num_plain_outputs = num_plain_outputs(request, self._page_size)
+            if request.masks is not None:
+                request.masks.push(token_id)
         else:
             self.finish(request.request_id, reason)
         stop_token_id = token_id if reason is FinishReason.STOP else None

@@ -28,6 +28,8 @@ class SchedulerState:
     arrival have the oldest first, since a preemption takes the youngest."""
     draining: set[Request] = field(default_factory=set)
     """Finished, but steps in flight still use their slot and pages."""
+    num_masked: int = 0
+    """Running requests that have `masks`: where there are none, no step asks each for them."""
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     """Tokens of first admissions that were looked up in the prefix cache."""
@@ -60,7 +62,7 @@ class SchedulerState:
         Prompt, output and their counts stay as they are; what was computed is
         computed again, apart from what the prefix cache still holds then.
         """
-        del self.running[request.request_id]
+        self._leave_running(request)
         self.release(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
@@ -69,12 +71,16 @@ class SchedulerState:
 
     def retire(self, request: Request) -> None:
         """Takes a finished request out of `running`."""
-        del self.running[request.request_id]
+        self._leave_running(request)
         self.shares.charge(request)
         if request.num_in_flight_steps:
             self.draining.add(request)
         else:
             self.release(request)
+
+    def _leave_running(self, request: Request) -> None:
+        del self.running[request.request_id]
+        self.num_masked -= request.masks is not None
 
     def release(self, request: Request) -> None:
         """Gives slot and pages back. No step in flight may use them."""

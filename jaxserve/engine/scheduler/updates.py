@@ -55,10 +55,11 @@ def finish_reason_after(request: Request, token_id: int) -> FinishReason | None:
 def num_plain_outputs(request: Request, page_size: int) -> int:
     """Output tokens of a decoding request up to which its decodes give a token and nothing else.
 
-    The decode after that completes a page, reports logprobs or gives the last token.
+    The decode after that completes a page, reports logprobs, gives the last token, or one that
+    decides of the next one's mask.
     """
     num_output = len(request.output_token_ids)
-    if request.sampling.logprobs is not None:
+    if request.sampling.logprobs is not None or request.masks is not None:
         return num_output
     num_to_page_end = -request.num_tokens % page_size
     return min(num_output + num_to_page_end, request.max_tokens - 1)

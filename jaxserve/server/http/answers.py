@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -22,6 +22,9 @@ from jaxserve.server.http.replies import Usage, usage_of
 from jaxserve.server.http.schema import MAX_CHOICES, AnswerFields, StreamOptions
 from jaxserve.server.http.service import HttpService
 from jaxserve.server.state import Serving
+
+if TYPE_CHECKING:
+    from jaxserve.engine.grammar.compiler import Grammar
 
 Outputs = AsyncIterator[tuple[int, RequestOutput]]
 
@@ -62,8 +65,10 @@ class Questions:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         request_id: str,
+        grammar: Grammar | None,
     ) -> Questions:
-        """Raises InvalidRequest when they would be too many."""
+        """Raises InvalidRequest when they would be too many. `grammar` is of
+        `sampling.constraint`."""
         num_choices = body.n or 1
         total = len(prompts) * num_choices
         if total > MAX_CHOICES:
@@ -80,6 +85,7 @@ class Questions:
                     prompt_token_ids=tuple(prompts[prompt]),
                     sampling=of_choice,
                     cache_salt=body.cache_salt or "",
+                    grammar=grammar,
                 )
             )
         return cls(tuple(requests), num_choices)

@@ -24,7 +24,8 @@ _FIELD_NAMES = frozenset(
     name
     for value in vars(schema).values()
     if isinstance(value, type) and issubclass(value, schema.Body)
-    for name in value.model_fields
+    for own_name, info in value.model_fields.items()
+    for name in (own_name, info.alias or own_name)
 )
 
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from jaxserve.engine.request import RequestOutput
 from jaxserve.errors import InvalidRequest
+from jaxserve.server.grammars import grammar_of
 from jaxserve.server.http.answers import Questions, answer, check_stream_options
 from jaxserve.server.http.logprobs import completion_logprobs
 from jaxserve.server.http.prompts import as_prompts, encode_prompts
@@ -35,13 +36,14 @@ async def complete(service: HttpService, request: Request) -> Response:
         check_cache_salt("cache_salt", body.cache_salt or "")
         sampling = completion_sampling(body)
         sampling.validate(vocab_size=serving.limits.vocab_size)
+        grammar = await grammar_of(sampling.constraint, serving)
         prompts = as_prompts("prompt", body.prompt)
         encode = partial(
             serving.tokenizer.encode, add_special_tokens=body.add_special_tokens is not False
         )
         token_ids = await encode_prompts("prompt", prompts, serving, encode, service.workers)
         request_id = request.state.request_id
-        questions = Questions.of(body, token_ids, sampling, request_id)
+        questions = Questions.of(body, token_ids, sampling, request_id, grammar)
         form = _Form(
             id=f"cmpl-{request_id}",
             model=serving.card.name,

@@ -46,6 +46,7 @@ class HttpServer:
             config.http_body_timeout_s,
             door,
             config.pacing,
+            config.tool_call_parser,
         )
         self._tls = tls
         app = make_app(

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from jaxserve.engine.request import RequestOutput
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(TypedDict):
@@ -50,17 +51,14 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class ChoiceEnd(TypedDict):
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
     finish_reason: FinishReason | None
     stop_reason: NotRequired[str | int | None]
     """The stop string or the stop token's id that ended the answer."""
     token_ids: NotRequired[list[int]]
     """With `return_token_ids`."""
-
-
-class CompletionChoice(ChoiceEnd):
-    index: int
-    text: str
     logprobs: CompletionLogprobs | None
 
 
@@ -77,13 +75,32 @@ class Completion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str
+    """A JSON object, as text; of an answer that was cut short, its beginning."""
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """None beside tool calls that no text comes with."""
     refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
 
 
-class ChatChoiceEnd(ChoiceEnd):
+class ChatChoiceEnd(TypedDict):
+    finish_reason: ChatFinishReason | None
+    stop_reason: NotRequired[str | int | None]
+    """The stop string or the stop token's id that ended the answer."""
+    token_ids: NotRequired[list[int]]
+    """With `return_token_ids`."""
     logprobs: ChatLogprobs | None
 
 
@@ -102,9 +119,24 @@ class ChatCompletion(TypedDict):
     usage: Usage
 
 
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+    """The next piece of it."""
+
+
+class ToolCallDelta(TypedDict):
+    index: int
+    """Of the call in its answer."""
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
 class Delta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatDelta(ChatChoiceEnd):

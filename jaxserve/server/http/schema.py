@@ -6,15 +6,17 @@ A field that is null is absent. A field that a class does not have is refused.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from jaxserve.server.pacing import Pacing
 
 MAX_CHOICES = 128
 """Prompts of one request times `n`."""
 MAX_N = 16
+MAX_TOOLS = 128
+TOOL_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
 class Body(BaseModel):
@@ -68,6 +70,9 @@ class SamplingFields(Body):
     """Default false."""
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text. Default true."""
+    constraint: dict[str, Any] | None = None
+    """The form that the answer must have: an object with one of `json_schema`, `json_object`,
+    `regex`, `choice` and `grammar`."""
 
 
 class StreamOptions(Body):
@@ -125,15 +130,93 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    name: str = Field(pattern=TOOL_NAME)
+    arguments: str
+    """A JSON object, as text."""
+
+
+class ToolCall(Body):
+    id: str = Field(max_length=128)
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Body):
     role: str
-    """`system`, `user`, `assistant` or what else the model's chat template knows."""
-    content: str | list[TextPart]
-    """Parts are joined as they are."""
+    """`system`, `user`, `assistant`, `tool` or what else the model's chat template knows."""
+    content: str | list[TextPart] | None = None
+    """Parts are joined as they are. May be absent beside tool calls only."""
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    """Calls that the assistant made."""
+    tool_call_id: Annotated[str, Field(max_length=128)] | None = None
+    """Of a tool's message: which call it answers."""
+    refusal: None = None
+
+
+class Function(Body):
+    name: str = Field(pattern=TOOL_NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments, an object. Absent: no arguments."""
+    strict: bool | None = None
+    """Arguments always fit the schema. Default false; a forced call's always do."""
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class TextFormat(Body):
     type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    name: str = Field(pattern=TOOL_NAME)
+    """Has no effect on the answer."""
+    description: str | None = None
+    """Has no effect on the answer."""
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    """Absent: any JSON object."""
+    strict: bool | None = None
+    """Has no effect: answers always fit the schema."""
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+def _format_of(value: Any) -> str | None:
+    """Not the type itself, which could be taken for a field's name where an error lies."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"{kind} format" if kind in ("text", "json_object", "json_schema") else None
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("text format")]
+    | Annotated[JsonObjectFormat, Tag("json_object format")]
+    | Annotated[JsonSchemaFormat, Tag("json_schema format")],
+    Discriminator(
+        _format_of,
+        custom_error_type="unknown_format",
+        custom_error_message="its type must be text, json_object or json_schema",
+    ),
+]
 
 
 class ChatRequest(AnswerFields):
@@ -147,7 +230,14 @@ class ChatRequest(AnswerFields):
     """Tell each token's logprob."""
     top_logprobs: int | None = None
     """[0, 20], with `logprobs` only: this many of the most likely tokens. Default 0."""
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    """The form of the answer: text, any JSON object, or JSON that fits a schema."""
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    """Functions that the model may call; for servers with `--tool-call-parser`."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """`required`: at least one call; a function: just that call. Default auto."""
+    parallel_tool_calls: bool | None = None
+    """Several calls in one answer. Default true."""
     store: Literal[False] | None = None
 
 
@@ -178,22 +268,23 @@ REFUSED_FIELDS = {
     "audio": "answers are text",
     "best_of": "ask for n answers and choose",
     "echo": "put the prompt before the answer yourself",
-    "function_call": "the model calls no tools",
-    "functions": "the model calls no tools",
+    "function_call": "send tool_choice",
+    "functions": "send tools",
+    "guided_choice": 'send constraint: {"choice": […]}',
+    "guided_grammar": 'send constraint: {"grammar": …}',
+    "guided_json": 'send constraint: {"json_schema": …}',
+    "guided_regex": 'send constraint: {"regex": …}',
     "metadata": "nothing is stored",
     "modalities": "answers are text",
-    "parallel_tool_calls": "the model calls no tools",
     "prediction": "leave it out",
     "prompt_cache_key": "set cache_salt to part caches",
     "prompt_logprobs": "ask for them over gRPC",
     "reasoning_effort": "leave it out",
-    "response_format": 'only {"type": "text"} is supported',
     "safety_identifier": "leave it out",
     "service_tier": "leave it out",
     "store": "nothing is stored",
+    "structured_outputs": "send constraint",
     "suffix": "leave it out",
-    "tool_choice": "the model calls no tools",
-    "tools": "the model calls no tools",
     "verbosity": "leave it out",
     "web_search_options": "leave it out",
 }

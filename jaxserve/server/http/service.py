@@ -41,6 +41,8 @@ class HttpService:
     door: Door
     pacing: Pacing = IMMEDIATE
     """Of all streams; a request can only ask for a coarser one."""
+    tool_call_parser: str | None = None
+    """Which of `FORMATS` the model's tool calls are read as; without it tools are refused."""
 
     async def read(self, request: Request, body_class: type[_B]) -> _B:
         """The checked body. Raises InvalidRequest naming the field."""

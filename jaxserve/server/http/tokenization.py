@@ -9,11 +9,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.server.http.chat import encode_messages
 from jaxserve.server.http.prompts import check_vocabulary, run_tokenizer
 from jaxserve.server.http.replies import Text, Tokens
 from jaxserve.server.http.schema import DetokenizeRequest, TokenizeRequest
 from jaxserve.server.http.service import HttpService
+from jaxserve.server.http.turns import encode_messages
 
 
 async def tokenize(service: HttpService, request: Request) -> Response:

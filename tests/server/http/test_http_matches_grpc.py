@@ -22,6 +22,8 @@ SETTINGS = [
     {"temperature": 1.3, "seed": 2**63, "top_k": 20, "min_p": 0.01, "presence_penalty": -1.1},
     {"temperature": 0.7, "seed": 3, "logit_bias": {65: 4.5, 66: -100.0}, "stop": ["A", "zq"]},
     {"temperature": 1.0, "seed": 5, "allowed_token_ids": list(range(97, 123)), "min_tokens": 5},
+    {"temperature": 1.0, "seed": 6, "constraint": {"regex": "([a-f]{2} ){3,9}\\."}},
+    {"temperature": 0.0, "constraint": {"json_schema": {"enum": ["left", {"turn": ["right"]}]}}},
 ]
 OPENAI_FIELDS = (
     "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop",

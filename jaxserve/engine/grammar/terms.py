@@ -1,0 +1,15 @@
+"""Terms of the grammars' language, for constraints that are put together from parts."""
+
+from __future__ import annotations
+
+import json
+
+WHITESPACE = r"( |\n[ ]{0,16})"
+"""What may stand between the parts of JSON, at most once: enough to indent, too little to
+babble."""
+
+
+def json_term(schema_source: str) -> str:
+    """A JSON schema as a term, with the same rules for whitespace as a schema alone."""
+    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return f"%json {json.dumps(options | json.loads(schema_source))}"

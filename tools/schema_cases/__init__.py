@@ -1,0 +1,1 @@
+"""Generated JSON schemas, and what an engine makes of them."""

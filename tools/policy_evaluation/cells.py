@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -63,7 +64,10 @@ class Cells:
         meter.sample(_REPEATS, whole_repeats=0)
         readings = meter.readings()
         self._readings.append(readings)
-        if path is not None and not (readings.noise().void_reasons() or figures.get(VOID)):
+        reasons = [*readings.noise().void_reasons(), *figures.get(VOID, ())]
+        if reasons:
+            print(f"{self.part}.{key} is void: {'; '.join(reasons)}", file=sys.stderr, flush=True)
+        elif path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             record = {"figures": figures, "readings": asdict(readings)}
             partial = path.with_suffix(".partial")

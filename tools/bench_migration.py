@@ -312,6 +312,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     rounds = []
     for _ in range(args.rounds):
         entry = measure_bounds(kept, folder)
+        print(entry, file=sys.stderr, flush=True)
         for case in args.conversions:
             target = folder / ("made.gguf" if case.to == "gguf" else "made")
             read_all(sources[case.source])
@@ -323,6 +324,7 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
                 cgroup=args.memory_cgroup,
             )
             entry[case.name] = asdict(measured)
+            print(case.name, measured, file=sys.stderr, flush=True)
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         rounds.append(entry)
         print(text_of({"num_bytes": num_bytes, "rounds": [entry]}), file=sys.stderr, flush=True)

@@ -51,6 +51,8 @@ GOLDENS = {
 }
 """Prompts of the models that can be compared."""
 TINY = Path("tests/goldens/tiny")
+NUM_CONTEXT = 2048
+"""Of the engines, see `greedy_peer.py`."""
 TINY_PROMPTS, TINY_PROMPT_TOKENS, TINY_TOKENS = 4, 12, 32
 F32 = ("--quantization", "F32")
 SIZES = (64, 128, 896)
@@ -159,8 +161,10 @@ def compare_tiny(peer_python: Path, variants: list[str], folder: Path) -> list[C
     asked = {"num_tokens": TINY_TOKENS, "prompts": ids}
     results = []
     for variant in variants:
-        source = shutil.copytree(TINY / variant, folder / variant)
+        # By a name with "phi3" llama.cpp would expect tokens of Phi-3's.
+        source = shutil.copytree(TINY / variant, folder / variant / "model")
         save_tokenizer(byte_tokenizer(), source)
+        _set_context(source / "config.json")
         export = folder / f"{variant}.gguf"
         try:
             convert(source, export, "--to", "gguf", *F32)
@@ -174,6 +178,13 @@ def compare_tiny(peer_python: Path, variants: list[str], folder: Path) -> list[C
             continue
         results.append(compare("llamacpp", export, prompts, made))
     return results
+
+
+def _set_context(config: Path) -> None:
+    """As long as the engine's, by which both choose the factors of a longrope."""
+    fields = json.loads(config.read_text())
+    if fields.get("rope_parameters", {}).get("rope_type") == "longrope":
+        config.write_text(json.dumps(fields | {"max_position_embeddings": NUM_CONTEXT}))
 
 
 def compare_model(peer_python: Path, name: str, num_prompts: int, folder: Path) -> list[Comparison]:

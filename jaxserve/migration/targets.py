@@ -38,6 +38,10 @@ from models.hf_export import config_to_hf
 from models.tokenizer_files import save_tokenizer
 
 STEP_OF_CONVERTED = 0
+WITHOUT_BIASES = ("falcon", "qwen3", "qwen3_moe")
+"""Families whose published models have none in their projections, and so llama.cpp has none."""
+WITHOUT_WINDOWS = ("llama", "phi3")
+"""Families whose sliding windows llama.cpp ignores: exact within a window's length only."""
 FLOAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -156,6 +160,13 @@ def _gguf(source: SourceModel, request: ConversionRequest, updates: Updates) -> 
     has_tokenizer = tokenizer is not None or "tokenizer.ggml.tokens" in (source.carried.gguf or {})
     if not has_tokenizer:
         notes.append("the source has no tokenizer: llama.cpp will not load the file")
+    if source.config.family in WITHOUT_WINDOWS and source.config.sliding_window is not None:
+        notes.append(f"llama.cpp ignores the sliding window of a {source.config.family} file")
+    if source.config.family in WITHOUT_BIASES and source.config.attention_bias:
+        notes.append(
+            f"llama.cpp knows no biases of {source.config.family}'s projections: it will not load "
+            "the file"
+        )
     common = request.quantization or _most_common(arrays, kinds)
     metadata = gguf_metadata(
         source.config,

@@ -129,6 +129,28 @@ def test_what_gguf_cannot_say_is_refused_by_name(variant: str, field: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("variant", "note"),
+    [
+        ("falcon_180b", "knows no biases"),
+        ("qwen3_biases", "knows no biases"),
+        *(
+            (variant, "ignores the sliding window")
+            for variant in ("mistral_sliding_window", "phi3")
+        ),
+        *((variant, None) for variant in ("falcon_7b", "qwen2", "biases")),
+    ],
+)
+def test_what_llama_cpp_does_not_know_is_noted(
+    variant: str, note: str | None, tmp_path: Path
+) -> None:
+    request = ConversionRequest(tmp_path / "a.gguf", "gguf")
+    with plan_conversion(TINY / variant, request, num_workers=1, memory_bytes=None) as conversion:
+        notes = " ".join(conversion.migration.plan.notes)
+    notes = notes.replace("the source has no tokenizer: llama.cpp will not load the file", "")
+    assert note in notes if note else not notes
+
+
 @pytest.mark.parametrize("variant", some_fast(["mqa", "tied", "llama3_rope_scaling"], ["mqa"]))
 def test_logits_are_those_of_transformers_before_and_after(variant: str, tmp_path: Path) -> None:
     golden = np.load(TINY / variant / "logits.npz", allow_pickle=False)

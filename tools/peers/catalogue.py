@@ -26,10 +26,11 @@ MAX_LEN = 1152
 KV_CACHE_BYTES = 2_000_000_000
 
 Q4_1, INT8, BFLOAT16 = "jaxserve Q4_1", "jaxserve int8", "jaxserve bf16"
-XLA = "jaxserve XLA"
-NAMES = ("llama.cpp", "vLLM", Q4_1, INT8, BFLOAT16, XLA)
+Q4_1_BUCKETS, XLA = "jaxserve Q4_1 buckets", "jaxserve XLA"
+NAMES = ("llama.cpp", "vLLM", Q4_1, Q4_1_BUCKETS, INT8, BFLOAT16, XLA)
 PAIRS = (
     (Q4_1, "llama.cpp"),
+    (Q4_1_BUCKETS, "llama.cpp"),
     (INT8, "llama.cpp"),
     (XLA, "llama.cpp"),
     (BFLOAT16, "vLLM"),
@@ -58,6 +59,14 @@ class OurVariant:
 
 OURS = {
     Q4_1: OurVariant(True, "GGUF Q4_1", "int8 x 4 bits", "float32", ("--weights-format", "native")),
+    # A step of 1 or 8 rows has a program of its own.
+    Q4_1_BUCKETS: OurVariant(
+        True,
+        "GGUF Q4_1",
+        "int8 x 4 bits",
+        "float32",
+        ("--weights-format", "native", "--buckets", "1,8,32,128"),
+    ),
     INT8: OurVariant(True, "int8 from Q4_1", "int8", "float32", ("--quantization", "int8")),
     BFLOAT16: OurVariant(False, "bfloat16", "bfloat16", "bfloat16"),
     XLA: OurVariant(True, "float32 from Q4_1", "float32", "float32", ("--kernels", "xla")),
@@ -137,6 +146,7 @@ def weights_bytes(model: Path, options: tuple[str, ...]) -> int:
     fields = {
         name.removeprefix("--").replace("-", "_"): value
         for name, value in zip(options[::2], options[1::2], strict=True)
+        if name != "--buckets"
     }
     config = EngineConfig(model=str(model), kv_cache_bytes=KV_CACHE_BYTES, **fields)  # type: ignore[arg-type]
     source = open_model(model)

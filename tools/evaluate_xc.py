@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--classifier-epochs", type=int, default=20)
     parser.add_argument("--loss", choices=("triplet", "softmax"), default="triplet")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--report", action="store_true", help="only print the tables")
@@ -72,6 +73,7 @@ def main() -> None:
         out=options.out,
         num_points=num_points,
         num_epochs=options.epochs,
+        num_classifier_epochs=options.classifier_epochs,
         loss=options.loss,
     )
     if not options.report:

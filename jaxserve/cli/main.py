@@ -28,6 +28,7 @@ SUMMARIES = {
     "chat": "Talk with a model, in this terminal.",
     "generate": "Complete a prompt, or a file of prompts, without a server.",
     "embed": "Turn texts into vectors, without a server.",
+    "classify": "Give texts labels, and measure a run of extreme classification.",
     "bench": "Measure throughput and latency on this machine.",
     "data": "Prepare training data, and look into it.",
     "train": "Train a model: stopped, killed, moved or resized, it goes on with the same bits.",

@@ -277,12 +277,14 @@ async def _serve(
         from jaxserve.engine.encoder.startup import start_encoder
         from jaxserve.engine.startup import start_engine
         from jaxserve.model_store import resolve
+        from jaxserve.xc.model_folder import is_xc_model
         from models.encoder_loading import is_encoder
 
         if engine_config.model.lower() in CATALOG:
             pull_with_progress(engine_config.model)
         console.print(f"starting {engine_config.model}")
-        if watch is None and seat is None and is_encoder(resolve(engine_config.model)):
+        path = Path(resolve(engine_config.model))
+        if watch is None and seat is None and (is_encoder(path) or is_xc_model(path)):
             return start_encoder(engine_config, PhasePrinter(console))
         nonlocal leader
         leader = None if seat is None else seat.leader(on_loss)

@@ -28,6 +28,7 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.server.pacing import IMMEDIATE, Pacing
 from jaxserve.server.prompt_limits import PromptLimits, at_most, check_cache_salt
+from jaxserve.server.ranked_labels import RankedLabel, checked_top_k
 
 if TYPE_CHECKING:
     from jaxserve.engine.encoder.texts import EncodedText
@@ -114,6 +115,20 @@ def check_embed_request(request: pb.EmbedRequest, limits: PromptLimits) -> None:
     for text in request.texts:
         limits.check_text("texts", text, "bytes in one text")
     refuse_unknown_fields(request)
+
+
+def check_classify_request(
+    request: pb.ClassifyRequest, limits: PromptLimits, num_classes: int
+) -> int:
+    """Bounds texts and labels; how many labels a text gets. Raises InvalidRequest naming the
+    field."""
+    if not request.texts:
+        raise InvalidRequest("texts", "must not be empty")
+    at_most("texts", len(request.texts), limits.max_texts, "texts")
+    for text in request.texts:
+        limits.check_text("texts", text, "bytes in one text")
+    refuse_unknown_fields(request)
+    return checked_top_k(request.top_k if request.HasField("top_k") else None, num_classes)
 
 
 def check_prompt(request: pb.GenerateRequest | pb.TokenizeRequest, limits: PromptLimits) -> None:
@@ -334,18 +349,37 @@ def _plain_responses(output: RequestOutput) -> Iterator[pb.GenerateResponse]:
 
 
 def embed_response(
-    texts: Sequence[EncodedText], outputs: Sequence[RequestOutput]
+    texts: Sequence[EncodedText], outputs: Sequence[RequestOutput], size: int | None = None
 ) -> pb.EmbedResponse:
-    """The reply for texts whose outputs all carry an embedding."""
+    """The reply for texts whose outputs all carry an embedding: the first `size` numbers."""
     response = pb.EmbedResponse()
     for text, output in zip(texts, outputs, strict=True):
         if output.embedding is None or output.usage is None:
             raise ValueError(f"{output.request_id} has no embedding")
         response.embeddings.add(
-            values=output.embedding.tolist(),
+            values=output.embedding[:size].tolist(),
             num_tokens=len(text.token_ids),
             truncated=text.is_cut,
         )
+        response.num_tokens += len(text.token_ids)
+        response.queue_s = max(response.queue_s, output.usage.queue_s)
+        response.e2e_s = max(response.e2e_s, output.usage.e2e_s)
+    return response
+
+
+def classify_response(
+    texts: Sequence[EncodedText],
+    outputs: Sequence[RequestOutput],
+    ranked: Sequence[Sequence[RankedLabel]],
+) -> pb.ClassifyResponse:
+    """The reply for texts whose outputs all carry a result."""
+    response = pb.ClassifyResponse()
+    for text, output, labels in zip(texts, outputs, ranked, strict=True):
+        if output.usage is None:
+            raise ValueError(f"{output.request_id} has no result")
+        one = response.classifications.add(num_tokens=len(text.token_ids), truncated=text.is_cut)
+        for label in labels:
+            one.labels.add(label_id=label.label_id, text=label.text, score=label.score)
         response.num_tokens += len(text.token_ids)
         response.queue_s = max(response.queue_s, output.usage.queue_s)
         response.e2e_s = max(response.e2e_s, output.usage.e2e_s)

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from functools import partial
 
-from jaxserve.engine.encoder.texts import tokenize_texts
+from jaxserve.engine.encoder.texts import EncodedText, tokenize_texts
 from jaxserve.engine.request import FinishReason, GenerationRequest, RequestOutput, joined
 from jaxserve.errors import InvalidRequest, NotAccepting
 from jaxserve.proto.v1 import inference_pb2 as pb
@@ -22,6 +22,7 @@ from jaxserve.server.grammars import grammar_of
 from jaxserve.server.metadata import REQUEST_ID_KEY
 from jaxserve.server.pacing import IMMEDIATE, Pacing, paced
 from jaxserve.server.prompt_limits import check_request_id
+from jaxserve.server.ranked_labels import ranked_labels
 from jaxserve.server.state import ServerState, Serving
 from jaxserve.server.status import Context, abort_internal, abort_late, end_with_status
 from models.chat_sandbox import ChatTemplateError
@@ -70,29 +71,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             serving.require_embeddings()
             tenant = self._tenant("Embed", context)
             convert.check_embed_request(request, serving.limits)
-            deadline_s = self._deadline_s(context)
-            loop = asyncio.get_running_loop()
-            tokenize = partial(
-                tokenize_texts,
-                serving.tokenizer,
-                tuple(request.texts),
-                max_tokens=serving.card.max_model_len,
-                truncate=request.truncate,
+            texts, outputs = await self._encode(request, serving, tenant, request_id, context)
+            return convert.embed_response(texts, outputs, serving.card.embedding_size)
+        except Exception as error:
+            self._state.note_refusal(error)
+            await end_with_status(context, error, request_id)
+
+    async def Classify(  # noqa: N802
+        self, request: pb.ClassifyRequest, context: Context
+    ) -> pb.ClassifyResponse:
+        request_id = uuid.uuid4().hex
+        try:
+            serving = self._state.require_accepting()
+            serving.require_classes()
+            tenant = self._tenant("Classify", context)
+            top_k = convert.check_classify_request(
+                request, serving.limits, serving.card.num_classes
             )
-            texts = await loop.run_in_executor(self._workers, tokenize)
-            requests = [
-                self._door.claims.claim(
-                    tenant,
-                    GenerationRequest(
-                        f"{request_id}-{index}", text.token_ids, deadline_s=deadline_s
-                    ),
-                )
-                for index, text in enumerate(texts)
+            texts, outputs = await self._encode(request, serving, tenant, request_id, context)
+            ranked = [
+                ranked_labels(output.embedding, serving, top_k)
+                for output in outputs
+                if output.embedding is not None
             ]
-            await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
-            outputs = await serving.async_engine.complete_all(requests)
-            await _end_unless_embedded(outputs, context, request_id)
-            return convert.embed_response(texts, outputs)
+            return convert.classify_response(texts, outputs, ranked)
         except Exception as error:
             self._state.note_refusal(error)
             await end_with_status(context, error, request_id)
@@ -152,6 +154,37 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Who calls. Its key may have gone since the call was let in; then raises as that does."""
         metadata = context.invocation_metadata()
         return authorize(self._door.ring, f"/jaxserve.v1.Inference/{method}", metadata)
+
+    async def _encode(
+        self,
+        request: pb.EmbedRequest | pb.ClassifyRequest,
+        serving: Serving,
+        tenant: Tenant,
+        request_id: str,
+        context: Context,
+    ) -> tuple[list[EncodedText], list[RequestOutput]]:
+        """Runs all texts through the encoder; every output has a result."""
+        deadline_s = self._deadline_s(context)
+        loop = asyncio.get_running_loop()
+        tokenize = partial(
+            tokenize_texts,
+            serving.tokenizer,
+            tuple(request.texts),
+            max_tokens=serving.card.max_model_len,
+            truncate=request.truncate,
+        )
+        texts = await loop.run_in_executor(self._workers, tokenize)
+        requests = [
+            self._door.claims.claim(
+                tenant,
+                GenerationRequest(f"{request_id}-{index}", text.token_ids, deadline_s=deadline_s),
+            )
+            for index, text in enumerate(texts)
+        ]
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        outputs = await serving.async_engine.complete_all(requests)
+        await _end_unless_embedded(outputs, context, request_id)
+        return texts, outputs
 
     def _deadline_s(self, context: Context) -> float | None:
         """When the client's patience ends, on the engine's clock."""

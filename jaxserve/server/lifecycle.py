@@ -181,7 +181,7 @@ def _serving_of_generator(running: RunningEngine) -> Serving:
 
 
 def _serving_of_encoder(running: RunningEncoder) -> Serving:
-    settings, model = running.report.settings, running.report.settings.model_config
+    settings, model = running.report.settings, running.report.settings.model
     card = ModelCard(
         name=running.report.model_name,
         family=model.family,
@@ -196,7 +196,8 @@ def _serving_of_encoder(running: RunningEncoder) -> Serving:
         token_budget=settings.token_budget,
         buckets=tuple(bucket.num_rows for bucket in settings.buckets),
         policy="",
-        embedding_size=model.hidden_size,
+        embedding_size=model.embedding_size,
+        num_classes=model.num_classes,
     )
     return Serving(
         engine=running.engine,
@@ -208,6 +209,7 @@ def _serving_of_encoder(running: RunningEncoder) -> Serving:
         ),
         num_startup_compiles=running.report.num_compiles,
         weights_name=lambda: running.report.model_name,
+        label_texts=running.label_texts,
     )
 
 

@@ -85,6 +85,8 @@ class ModelCard:
     embedding_size: int | None = None
     """Numbers of an embedding; None for a model that generates. An encoder has no
     pages and no policy: those fields are 0 and empty."""
+    num_classes: int = 0
+    """Most labels of a text; 0 for a model that knows no labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ class Serving:
     """Of weights that can be exchanged; without any for those that cannot."""
     grammars: GrammarCompiler | None = None
     """Of the engine; None for an encoder, which generates nothing to constrain."""
+    label_texts: tuple[str, ...] = ()
+    """Of a model that classifies: one a label."""
 
     def require_generation(self) -> None:
         """Raises NotSupported if the model is an encoder."""
@@ -118,6 +122,14 @@ class Serving:
             raise NotSupported(
                 f"{self.card.name} generates text and makes no embeddings: ask a server whose "
                 "--model is an encoder, such as all-minilm-l6-v2"
+            )
+
+    def require_classes(self) -> None:
+        """Raises NotSupported if the model knows no labels."""
+        if not self.card.num_classes:
+            raise NotSupported(
+                f"{self.card.name} knows no labels: ask a server whose --model is a run of "
+                "extreme classification"
             )
 
 

@@ -401,7 +401,7 @@ def config_from_table(table: Mapping[str, Any], path: Path) -> TrainConfig:
         model = dataclasses.replace(model, source=_existing(base, model.source))
     if xc is not None:
         encoder = dataclasses.replace(xc.encoder, source=_existing(base, xc.encoder.source))
-        run = _existing(base, xc.encoder_run)
+        run = _anchored(base, xc.encoder_run)
         xc = dataclasses.replace(xc, encoder=encoder, encoder_run=run)
     return dataclasses.replace(
         config,

@@ -7,6 +7,8 @@ groups of a level are split by one program: they have m or m - 1 points, so a ma
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,15 @@ def balanced_clusters(vectors: jax.Array, levels: int, seed: int) -> Int32Array:
     return np.asarray(table[np.arange(table.shape[1]) < sizes[:, None]], np.int32)
 
 
+class _Split(NamedTuple):
+    """How groups are split: places in order and whether each goes to the first half, [groups, m];
+    the mean similarity with its centre, [groups]."""
+
+    order: jax.Array
+    is_left: jax.Array
+    similarity: jax.Array
+
+
 @jax.jit
 def _split(vectors: jax.Array, members: jax.Array, sizes: jax.Array, key: jax.Array) -> jax.Array:
     """Two groups of each: int32[groups, m] to int32[2 groups, (m + 1) // 2].
@@ -101,38 +112,43 @@ def _order(
 ) -> jax.Array:
     """Places of each group's points, those of the first half first: int32[groups, m]."""
     counts = is_member.sum(axis=1)
+    ranks = jnp.broadcast_to(jnp.arange(points.shape[1]), is_member.shape)
+    rows = jnp.arange(points.shape[0])[:, None]
 
-    def order_by(centres: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def order_by(centres: jax.Array) -> _Split:
         similarities = jnp.einsum("gmd,gcd->gmc", points, centres)
         nearer = jnp.where(is_member, similarities[..., 0] - similarities[..., 1], -jnp.inf)
         order = jnp.argsort(-nearer, axis=1, stable=True)
-        is_left = jnp.argsort(order, axis=1) < left_sizes[:, None]
+        # The rank of each place, by the inverse permutation: a second sort would cost as much.
+        is_left = jnp.zeros_like(ranks).at[rows, order].set(ranks) < left_sizes[:, None]
         own = jnp.where(is_left, similarities[..., 0], similarities[..., 1])
-        return order, jnp.where(is_member, own, 0.0).sum(axis=1) / counts
+        return _Split(order, is_left, jnp.where(is_member, own, 0.0).sum(axis=1) / counts)
 
-    def centres_of(order: jax.Array) -> jax.Array:
-        is_left = jnp.argsort(order, axis=1) < left_sizes[:, None]
+    def centres_of(is_left: jax.Array) -> jax.Array:
         weights = jnp.stack([is_left & is_member, ~is_left & is_member], axis=-1)
         sums = jnp.einsum("gmc,gmd->gcd", weights.astype(jnp.float32), points)
         norms = jnp.sqrt((sums * sums).sum(axis=-1, keepdims=True))
         return sums / jnp.maximum(norms, 1e-12)
 
-    def is_growing(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        turn, _, _, gain = state
+    def is_growing(state: tuple[jax.Array, _Split, jax.Array]) -> jax.Array:
+        turn, _, gain = state
         return (turn < MAX_ROUNDS) & jnp.any(gain > MIN_GAIN)
 
     def improve(
-        state: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        turn, order, score, gain = state
-        better, new_score = order_by(centres_of(order))
+        state: tuple[jax.Array, _Split, jax.Array],
+    ) -> tuple[jax.Array, _Split, jax.Array]:
+        turn, old, gain = state
+        new = order_by(centres_of(old.is_left))
         # Each group stops by itself, so that no group depends on another.
-        goes_on = (gain > MIN_GAIN)[:, None]
-        order = jnp.where(goes_on, better, order)
-        new_gain = jnp.where(goes_on[:, 0], new_score - score, 0.0)
-        return turn + 1, order, jnp.where(goes_on[:, 0], new_score, score), new_gain
+        goes_on = gain > MIN_GAIN
+        kept = _Split(
+            jnp.where(goes_on[:, None], new.order, old.order),
+            jnp.where(goes_on[:, None], new.is_left, old.is_left),
+            jnp.where(goes_on, new.similarity, old.similarity),
+        )
+        return turn + 1, kept, jnp.where(goes_on, new.similarity - old.similarity, 0.0)
 
-    order, score = order_by(centres)
-    start = (jnp.zeros((), jnp.int32), order, score, jnp.full_like(score, jnp.inf))
-    found: jax.Array = lax.while_loop(is_growing, improve, start)[1]
-    return found
+    first = order_by(centres)
+    start = (jnp.zeros((), jnp.int32), first, jnp.full_like(first.similarity, jnp.inf))
+    found: _Split = lax.while_loop(is_growing, improve, start)[1]
+    return found.order

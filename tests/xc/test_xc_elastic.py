@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from tests.xc.tiny_xc import tiny_dataset
+from tests.xc.xc_rig import stored_run, tiny_config, tiny_runner
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def _traces(folder: Path, cache: Path, plans: str, *cases: str) -> dict[str, list[Any]]:
-    tiny_dataset(folder)
     out = folder / "traces.json"
     environment = {
         **os.environ,
@@ -41,7 +41,17 @@ def _check(traces: list[dict[str, Any]]) -> None:
 def test_ngame_is_the_same_on_any_devices_through_kills(
     tmp_path: Path, compilation_cache: Path
 ) -> None:
+    tiny_dataset(tmp_path)
     _check(_traces(tmp_path, compilation_cache, "fast", "ngame")["ngame"])
+
+
+@pytest.mark.long
+def test_classifiers_are_too(tmp_path: Path, compilation_cache: Path) -> None:
+    tiny_dataset(tmp_path)
+    encoder = tiny_runner(tiny_config(tmp_path))
+    encoder.load_state(None)
+    stored_run(tmp_path / "encoder", tiny_config(tmp_path), encoder)
+    _check(_traces(tmp_path, compilation_cache, "fast", "classifiers")["classifiers"])
 
 
 @pytest.mark.long

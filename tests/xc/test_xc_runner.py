@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from checkpoint.errors import FormatError
+from checkpoint.store import Store
 from jaxserve.trainer.config import TrainConfig
 from jaxserve.trainer.errors import TrainConfigError
 from jaxserve.trainer.run_identity import make_world
@@ -16,10 +18,12 @@ from jaxserve.trainer.xc_runner import XcRunner, make_xc_runner
 from jaxserve.xc import metrics
 from jaxserve.xc.dataset import XcDataset
 from jaxserve.xc.errors import EncoderCollapsed
+from jaxserve.xc.evaluation import fuse, measure, without_excluded
 from jaxserve.xc.losses import encoder_losses
+from jaxserve.xc.model_folder import open_xc_model
 from jaxserve.xc.retrieval import retrieve
 from tests.xc.tiny_xc import tiny_dataset
-from tests.xc.xc_rig import state_of, tiny_config, tiny_runner
+from tests.xc.xc_rig import state_of, stored_run, tiny_config, tiny_runner
 
 ONE_LEAF = ("batch.num_logical_shards=1", "batch.micro_batch_size=16")
 
@@ -128,18 +132,44 @@ def test_classifiers_begin_as_the_labels_embeddings(folder: Path, tmp_path: Path
 
 def _classifiers(folder: Path, tmp_path: Path, encoder: XcRunner) -> tuple[XcRunner, TrainConfig]:
     """A runner of the second stage on an encoder's newest state, kept as a run keeps it."""
-    from checkpoint.store import Store
-    from jaxserve.trainer.run_folder import RunFolder
-    from jaxserve.trainer.run_model import write_run_model
-
-    run = RunFolder(tmp_path / "encoder")
-    run.make()
-    write_run_model(tiny_config(folder, *ONE_LEAF), run)
-    with Store(run.checkpoints) as store:
-        store.save(10, encoder.layout.tree(state_of(encoder))).wait()
-    settings = ("xc.stage='classifiers'", f"xc.encoder_run='{run.root}'")
+    run = stored_run(tmp_path / "encoder", tiny_config(folder, *ONE_LEAF), encoder)
+    settings = ("xc.stage='classifiers'", f"xc.encoder_run='{run}'")
     config = tiny_config(folder, *ONE_LEAF, *settings)
     return make_xc_runner(config, make_world(config), jax.devices()[:1])[0], config
+
+
+def test_fusion_and_measures_of_stored_runs(folder: Path, tmp_path: Path) -> None:
+    encoder = tiny_runner(tiny_config(folder, *ONE_LEAF))
+    encoder.load_state(None)
+    for step in range(6):
+        encoder.run_step(step)
+    runner, config = _classifiers(folder, tmp_path, encoder)
+    runner.load_state(None)
+    for step in range(6):
+        runner.run_step(step)
+    dataset = XcDataset(folder / "xc")
+    model = open_xc_model(stored_run(tmp_path / "labels", config, runner))
+    fusion = fuse(model, dataset)
+    assert fusion.tried[fusion.weight] == max(fusion.tried.values())
+    assert fusion.tried[0.0] == pytest.approx(100 * _precision(runner, "validation", 1))
+    assert measure(model, dataset, "test")["P@3"] == pytest.approx(
+        100 * _precision(runner, "test", 3)
+    )
+    plain = open_xc_model(tmp_path / "encoder")
+    found = measure(plain, dataset, "test")["P@3"]
+    assert found == pytest.approx(100 * _precision(encoder, "test", 3))
+    # Classifiers of an encoder that is no longer what it was are refused.
+    encoder.run_step(6)
+    with Store(tmp_path / "encoder" / "checkpoints") as store:
+        store.save(11, encoder.layout.tree(state_of(encoder))).wait()
+    with pytest.raises(FormatError, match="classifiers of another encoder"):
+        measure(model, dataset, "test")
+
+
+def test_excluded_pairs_leave_rankings() -> None:
+    ranked = np.array([[3, 1, 2], [1, 3, 0]], np.int32)
+    excluded = np.array([[0, 1], [1, 2], [1, 1]], np.int32)
+    assert without_excluded(ranked, excluded).tolist() == [[3, 2, -1], [3, 0, -1]]
 
 
 @pytest.mark.parametrize(

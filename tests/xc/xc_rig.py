@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from checkpoint.store import Store
 from jaxserve.trainer.config import TrainConfig, config_from_table
 from jaxserve.trainer.config_file import with_settings
+from jaxserve.trainer.run_folder import RunFolder
 from jaxserve.trainer.run_identity import make_world
+from jaxserve.trainer.run_model import write_run_model
 from jaxserve.trainer.xc_runner import XcRunner, make_xc_runner
 
 TABLE: dict[str, Any] = {
@@ -45,6 +48,16 @@ def state_of(runner: XcRunner) -> np.ndarray:
     buffer = np.zeros(runner.layout.size_bytes, np.uint8)
     runner.store_state(buffer)
     return buffer
+
+
+def stored_run(path: Path, config: TrainConfig, runner: XcRunner) -> Path:
+    """The runner's state as a run of `jaxserve train` keeps it, in the folder `path`."""
+    run = RunFolder(path)
+    run.make()
+    write_run_model(config, run)
+    with Store(run.checkpoints) as store:
+        store.save(10, runner.layout.tree(state_of(runner))).wait()
+    return path
 
 
 def trace(config: TrainConfig, plan: list[tuple[int, int]]) -> dict[str, Any]:

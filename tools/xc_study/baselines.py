@@ -9,7 +9,8 @@ import numpy.typing as npt
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from jaxserve.xc.dataset import XcDataset
-from tools.xc_study.runs import NUM_RANKED, _measured
+from jaxserve.xc.evaluation import NUM_RANKED
+from tools.xc_study.runs import measured
 
 NUM_NEIGHBOURS = 10
 _BLOCK = 500
@@ -35,7 +36,7 @@ def run_baselines(dataset: XcDataset) -> dict[str, dict[str, Any]]:
         "most_popular": np.broadcast_to(popular, (test.num_points, NUM_RANKED)),
     }
     return {
-        name: {"kind": "baseline", "method": name, **_measured(dataset, ranked.astype(np.int32))}
+        name: {"kind": "baseline", "method": name, **measured(dataset, ranked.astype(np.int32))}
         for name, ranked in rankings.items()
     }
 

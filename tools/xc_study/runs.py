@@ -18,11 +18,9 @@ from jaxserve.trainer.xc_runner import XcRunner, build_runner
 from jaxserve.xc import metrics
 from jaxserve.xc.dataset import XcDataset
 from jaxserve.xc.encoders import spec_of
+from jaxserve.xc.evaluation import NUM_RANKED, choose_fusion
 from jaxserve.xc.retrieval import retrieve
 from tools.xc_study.plan import NUM_ENCODES, Plan
-
-NUM_RANKED = 10
-FUSION_WEIGHTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 Floats = npt.NDArray[np.float32]
 
@@ -35,7 +33,7 @@ def run_encoder(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     runner = build_runner(config, make_world(config), jax.devices()[:1], None, dataset, spec, None)
     record = _train(runner, config.total_steps, plan, config.batch.global_batch_size)
     points, labels = (np.asarray(one) for one in runner.task.embeddings(runner.params(), "test"))
-    record |= _measured(dataset, retrieve(points, labels, NUM_RANKED)[1])
+    record |= measured(dataset, retrieve(points, labels, NUM_RANKED)[1])
     folder = encoder_folder(plan, method, seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, leaf in named_leaves(runner.params()[0]).items():
@@ -59,40 +57,22 @@ def run_classifiers(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     )
     runner.load_state(None)
     begun = _embedded(runner)
-    before = _measured(dataset, retrieve(begun["test"], begun["labels"], NUM_RANKED)[1])
+    before = measured(dataset, retrieve(begun["test"], begun["labels"], NUM_RANKED)[1])
     record = _train(runner, config.total_steps, plan, config.batch.global_batch_size)
     ended = _embedded(runner)
-    record |= _measured(dataset, retrieve(ended["test"], ended["labels"], NUM_RANKED)[1])
-    weight, tried = choose_fusion(dataset, ended["validation"], ended["labels"], begun["labels"])
-    fused = ended["labels"] + weight * begun["labels"]
+    record |= measured(dataset, retrieve(ended["test"], ended["labels"], NUM_RANKED)[1])
+    truth = dataset.split("validation").labels
+    fusion = choose_fusion(truth, ended["validation"], ended["labels"], begun["labels"])
+    fused = ended["labels"] + np.float32(fusion.weight) * begun["labels"]
     return record | {
         "kind": "classifiers",
         "method": method,
         "seed": seed,
         "at_start": before["measures"],
-        "fusion_weight": weight,
-        "fusion_tried": tried,
-        "fused": _measured(dataset, retrieve(ended["test"], fused, NUM_RANKED)[1])["measures"],
+        "fusion_weight": fusion.weight,
+        "fusion_tried": {str(weight): value for weight, value in fusion.tried.items()},
+        "fused": measured(dataset, retrieve(ended["test"], fused, NUM_RANKED)[1])["measures"],
     }
-
-
-def choose_fusion(
-    dataset: XcDataset, points: Floats, classifiers: Floats, embeddings: Floats
-) -> tuple[float, dict[str, float]]:
-    """The weight of the labels' embeddings beside their classifiers that is best on validation.
-
-    Scores are inner products, so that the fused score is one of the weighted sum of vectors.
-
-    Returns:
-        The weight with the highest P@1, the smaller of equal ones; and P@1 of each.
-    """
-    truth = dataset.split("validation").labels
-    tried = {}
-    for weight in FUSION_WEIGHTS:
-        found = retrieve(points, classifiers + np.float32(weight) * embeddings, 1)[1]
-        tried[weight] = 100 * metrics.precision(truth, found, 1)
-    best = max(tried, key=lambda weight: (tried[weight], -weight))
-    return best, {str(weight): value for weight, value in tried.items()}
 
 
 def encoder_folder(plan: Plan, method: str, seed: int) -> Path:
@@ -143,7 +123,7 @@ def _embedded(runner: XcRunner) -> dict[str, Floats]:
     return found
 
 
-def _measured(dataset: XcDataset, ranked: npt.NDArray[np.int32]) -> dict[str, Any]:
+def measured(dataset: XcDataset, ranked: npt.NDArray[np.int32]) -> dict[str, Any]:
     """Measures of a test ranking, and for each point whether its first label is right."""
     train, test = dataset.split("train").labels, dataset.split("test").labels
     found = metrics.report(test, ranked, train.label_counts(), train.num_points)

@@ -22,7 +22,6 @@ import numpy as np
 
 from jaxserve.engine.encoder.plan import EncodeBucket, EncodePlan, EncodeResults
 from jaxserve.engine.encoder.settings import EncoderSettings
-from models import bert
 from models.decoder import Params
 
 
@@ -134,20 +133,14 @@ def pack_texts(texts: Sequence[Sequence[int]], bucket: EncodeBucket) -> np.ndarr
 
 def _compile_step(settings: EncoderSettings, bucket: EncodeBucket) -> tuple[Any, float]:
     start = perf_counter()
-    params = bert.abstract_params(settings.model_config, settings.dtype)
+    params = settings.model.abstract_params(settings.dtype)
     inputs = jax.ShapeDtypeStruct((bucket.num_texts, 1 + bucket.num_positions), jnp.int32)
     program = jax.jit(partial(_step, settings)).lower(params, inputs).compile()
     return program, perf_counter() - start
 
 
 def _step(settings: EncoderSettings, params: Params, inputs: jax.Array) -> jax.Array:
-    return bert.embed_texts(
-        params,
-        settings.model_config,
-        inputs[:, 1:],
-        inputs[:, 0],
-        normalize=settings.normalizes,
-    )
+    return settings.model.compute(params, inputs[:, 1:], inputs[:, 0])
 
 
 def _temp_bytes(program: Any) -> int:

@@ -11,9 +11,10 @@ import numpy as np
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.encoder.plan import EncodeBucket
+from jaxserve.engine.encoder.text_model import BertTextModel, TextModel
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import default_root
-from models.config import ModelConfig
+from jaxserve.xc.served import ServedClassifier
 from models.encoder_loading import Encoder
 
 ENCODER_FIELDS = (
@@ -44,8 +45,7 @@ ACCELERATOR_DEFAULTS = EncoderDefaults("bfloat16", 8192, 2)
 @dataclass(frozen=True, slots=True)
 class EncoderSettings:
     device: jax.Device
-    model_config: ModelConfig
-    normalizes: bool
+    model: TextModel
     dtype: np.dtype
     max_tokens: int
     """Most tokens of a text."""
@@ -63,7 +63,7 @@ class EncoderSettings:
 
 
 def resolve_encoder_settings(
-    config: EngineConfig, encoder: Encoder, device: jax.Device
+    config: EngineConfig, encoder: Encoder | ServedClassifier, device: jax.Device
 ) -> EncoderSettings:
     """Fills in every "auto". Raises ConfigError naming the flag to change, also for
     one that an encoder has no use for."""
@@ -83,8 +83,7 @@ def resolve_encoder_settings(
         )
     return EncoderSettings(
         device=device,
-        model_config=encoder.config,
-        normalizes=encoder.normalizes,
+        model=text_model_of(encoder),
         dtype=jnp.dtype(defaults.dtype if config.dtype == "auto" else config.dtype),
         max_tokens=max_tokens,
         token_budget=token_budget,
@@ -94,6 +93,13 @@ def resolve_encoder_settings(
         max_queued_tokens=config.max_queued_tokens,
         cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
+
+
+def text_model_of(encoder: Encoder | ServedClassifier) -> TextModel:
+    """What the encoder's steps compute."""
+    if isinstance(encoder, ServedClassifier):
+        return encoder.model
+    return BertTextModel(encoder.config, encoder.normalizes)
 
 
 def _refuse_unused(config: EngineConfig) -> None:

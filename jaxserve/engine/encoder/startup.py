@@ -23,7 +23,8 @@ from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_d
 from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import resolve
-from models import bert
+from jaxserve.xc.model_folder import is_xc_model
+from jaxserve.xc.served import ServedClassifier, open_served
 from models.encoder_loading import Encoder, is_encoder, open_encoder
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class RunningEncoder:
     tokenizer: Tokenizer
     report: EncoderReport
     compiles: CompileCounter
+    label_texts: tuple[str, ...] = ()
+    """Of a model that classifies: one a label."""
 
     def close(self) -> None:
         """Stops the engine at once."""
@@ -93,7 +96,7 @@ def start_encoder(config: EngineConfig, on_phase: OnPhase | None = None) -> Runn
         EncoderScheduler(settings.buckets, max_in_flight=settings.max_in_flight),
         executor,
         max_tokens=settings.max_tokens,
-        vocab_size=settings.model_config.vocab_size,
+        vocab_size=settings.model.vocab_size,
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         count_compiles=lambda: counter.count - num_compiles,
@@ -108,11 +111,14 @@ def start_encoder(config: EngineConfig, on_phase: OnPhase | None = None) -> Runn
         ready_s=perf_counter() - start,
         num_compiles=num_compiles,
     )
-    return RunningEncoder(engine, tokenizer, report, counter)
+    labels = encoder.label_texts() if isinstance(encoder, ServedClassifier) else ()
+    return RunningEncoder(engine, tokenizer, report, counter, labels)
 
 
-def _open(model: str) -> Encoder:
+def _open(model: str) -> Encoder | ServedClassifier:
     path = Path(resolve(model))
+    if is_xc_model(path):
+        return open_served(path)
     if not is_encoder(path):
         raise ConfigError(
             f"{model} generates text and makes no embeddings: give an encoder, such as "
@@ -122,7 +128,7 @@ def _open(model: str) -> Encoder:
 
 
 def _load_and_compile(
-    encoder: Encoder, settings: EncoderSettings, phases: Phases
+    encoder: Encoder | ServedClassifier, settings: EncoderSettings, phases: Phases
 ) -> EncoderExecutor:
     """Weights and programs, side by side."""
     with EncoderBuild(settings) as build:
@@ -136,7 +142,7 @@ def _load_and_compile(
 
 
 def _memory_plan(settings: EncoderSettings, free_bytes: int, *, temp_bytes: int = 0) -> MemoryPlan:
-    params = bert.abstract_params(settings.model_config, settings.dtype)
+    params = settings.model.abstract_params(settings.dtype)
     return MemoryPlan(
         weights_bytes=bytes_per_device(params),
         kv_pool_bytes=0,

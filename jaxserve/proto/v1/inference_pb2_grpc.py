@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/jaxserve.v1.Inference/Classify',
+                request_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/jaxserve.v1.Inference/Tokenize',
                 request_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -70,6 +75,13 @@ class InferenceServicer:
     def Embed(self, request, context):
         """Makes one vector of each text. Cancelling the call, or its deadline, drops
         the texts that no step has taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Ranks labels for each text: of a model that was trained to classify.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,6 +116,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=jaxserve_dot_proto_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -170,6 +187,33 @@ class Inference:
             '/jaxserve.v1.Inference/Embed',
             jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
             jaxserve_dot_proto_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Inference/Classify',
+            jaxserve_dot_proto_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            jaxserve_dot_proto_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,7 @@ GRPC_ACCESS: Mapping[str, Access] = MappingProxyType(
     {
         "/jaxserve.v1.Inference/Generate": Access.INFERENCE,
         "/jaxserve.v1.Inference/Embed": Access.INFERENCE,
+        "/jaxserve.v1.Inference/Classify": Access.INFERENCE,
         "/jaxserve.v1.Inference/Tokenize": Access.INFERENCE,
         "/jaxserve.v1.Inference/Abort": Access.INFERENCE,
         "/jaxserve.v1.Control/GetServerInfo": Access.ANY_KEY,

@@ -32,7 +32,7 @@ async def embed(service: HttpService, request: Request) -> Response:
     serving.require_embeddings()
     prompts = as_prompts("input", body.input)
     at_most("input", len(prompts), serving.limits.max_texts, "texts")
-    texts = await _encode(service, serving, prompts, truncate=bool(body.truncate))
+    texts = await encode_prompts(service, serving, prompts, truncate=bool(body.truncate))
     requests = [
         service.claim(
             request, GenerationRequest(f"{request.state.request_id}-{index}", text.token_ids)
@@ -47,15 +47,19 @@ async def embed(service: HttpService, request: Request) -> Response:
     reply: Embeddings = {
         "object": "list",
         "model": serving.card.name,
-        "data": [_entry(index, output, as_text) for index, output in enumerate(outputs)],
+        "data": [
+            _entry(index, output, serving.card.embedding_size, as_text)
+            for index, output in enumerate(outputs)
+        ],
         "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
     }
     return JSONResponse(reply)
 
 
-async def _encode(
+async def encode_prompts(
     service: HttpService, serving: Serving, prompts: Sequence[Prompt], *, truncate: bool
 ) -> list[EncodedText]:
+    """The token ids of texts, or as they were given. Raises InvalidRequest naming the input."""
     if isinstance(prompts[0], str):
         texts = tuple(text for text in prompts if isinstance(text, str))
         for index, text in enumerate(texts):
@@ -91,15 +95,16 @@ def _as_given(
     return EncodedText(cut(token_ids, max_tokens), is_cut=len(token_ids) > max_tokens)
 
 
-def _entry(index: int, output: RequestOutput, as_text: bool) -> Embedding:
-    vector = _vector(output)
+def _entry(index: int, output: RequestOutput, size: int | None, as_text: bool) -> Embedding:
+    vector = vector_of(output)[:size]
     if as_text:
         encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return {"object": "embedding", "index": index, "embedding": encoded}
     return {"object": "embedding", "index": index, "embedding": vector.tolist()}
 
 
-def _vector(output: RequestOutput) -> npt.NDArray[np.float32]:
+def vector_of(output: RequestOutput) -> npt.NDArray[np.float32]:
+    """What the step made of a text. Raises EngineFailure, AnswerCancelled: nothing."""
     if output.finish_reason is FinishReason.ERROR:
         raise EngineFailure
     if output.embedding is None:

@@ -10,10 +10,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve.server.access.policy import Access
-from jaxserve.server.http import chat, completions, embeddings, information, replies, tokenization
+from jaxserve.server.http import (
+    chat,
+    classify,
+    completions,
+    embeddings,
+    information,
+    replies,
+    tokenization,
+)
 from jaxserve.server.http.schema import (
     Body,
     ChatRequest,
+    ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
@@ -71,6 +80,16 @@ ENDPOINTS = (
         embeddings.embed,
         replies.Embeddings,
         EmbeddingRequest,
+        access=Access.INFERENCE,
+        asks_engine=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/classify",
+        "Labels of each text, by a model that was trained to classify",
+        classify.classify,
+        replies.Classifications,
+        ClassifyRequest,
         access=Access.INFERENCE,
         asks_engine=True,
     ),

@@ -167,6 +167,25 @@ class Embeddings(TypedDict):
     usage: Usage
 
 
+class ScoredLabel(TypedDict):
+    id: int
+    text: str
+    score: float
+
+
+class Classification(TypedDict):
+    object: Literal["classification"]
+    index: int
+    labels: list[ScoredLabel]
+
+
+class Classifications(TypedDict):
+    object: Literal["list"]
+    model: str
+    data: list[Classification]
+    usage: Usage
+
+
 class Tokens(TypedDict):
     tokens: list[int]
     count: int

@@ -252,6 +252,15 @@ class EmbeddingRequest(ModelField):
     """Has no effect, and is kept nowhere."""
 
 
+class ClassifyRequest(ModelField):
+    input: str | list[str] | list[int] | list[list[int]]
+    """A text, its token ids, or a list of either."""
+    top_k: int | None = None
+    """Labels of each text, 1 to 100 and at most as many as there are. Default 5."""
+    truncate: bool | None = None
+    """Cut a text that is longer than the model takes, rather than refuse it. Default false."""
+
+
 class TokenizeRequest(ModelField):
     prompt: str | None = None
     """This or `messages`."""

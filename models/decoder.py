@@ -139,6 +139,7 @@ class Decoder:
         hooks: TrainingHooks = NO_HOOKS,
         shard: TensorShard | None = None,
         first_layer: int | jax.Array = 0,
+        num_live: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """The decoder layers in `params`, usually all L, as one `lax.scan`.
 
@@ -156,6 +157,8 @@ class Decoder:
                 `shard_map`. `x` and the result are whole on each of them.
             first_layer: index in the model of the first layer in `params`, which `attend` and
                 all that differs between layers go by; not 0 in a later stage of a pipeline.
+            num_live: int32 scalar: rows from here on are padding, and packed kernels spare
+                themselves their products. None: there is no padding.
 
         Returns:
             `(x [T, E], cache)`.
@@ -178,7 +181,7 @@ class Decoder:
             layer: Any = nnx.merge(graph, state)
             attach_scales(layer, layer_scales)
             # The packed kernels stay whole: to slice a layer's out would copy them.
-            attach_packed(layer, packed, layer_index - first_layer)
+            attach_packed(layer, packed, layer_index - first_layer, num_live)
             if shard is not None:
                 attach_shard(layer, shard)
             if hooks.lora is not None:
@@ -207,15 +210,16 @@ class Decoder:
         config: ModelConfig,
         x: jax.Array,
         shard: TensorShard | None = None,
+        num_live: jax.Array | None = None,
     ) -> jax.Array:
         """Final norm and LM head: `x [N, E]` to `float32[N, V]`.
 
         With `shard`, this device holds its part of the head's V, see `run_layers`; the logits
-        are whole on each device.
+        are whole on each device. `num_live`: see `run_layers`.
         """
         norm: Any = nnx.merge(_norm_graph(self, config), params["final_norm"])
         if "packed_head" in params:
-            product: jax.Array = params["packed_head"].multiply(norm(x), 0, jnp.float32)
+            product: jax.Array = params["packed_head"].multiply(norm(x), 0, num_live, jnp.float32)
             return product
         if config.tie_word_embeddings:
             head, head_axes = params["embed"], "ve"

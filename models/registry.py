@@ -58,6 +58,7 @@ class RunLayers(Protocol):
         hooks: TrainingHooks = ...,
         shard: TensorShard | None = ...,
         first_layer: int | jax.Array = ...,
+        num_live: jax.Array | None = ...,
     ) -> tuple[jax.Array, Cache]: ...
 
 
@@ -70,6 +71,7 @@ class Logits(Protocol):
         config: ModelConfig,
         x: jax.Array,
         shard: TensorShard | None = ...,
+        num_live: jax.Array | None = ...,
     ) -> jax.Array: ...
 
 

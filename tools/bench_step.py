@@ -57,7 +57,11 @@ def main() -> None:
     args = parser.parse_args()
     config = open_model(resolve(args.model)).config
     engine_config = EngineConfig(
-        model=args.model, buckets=(NUM_SLOTS,), max_num_seqs=NUM_SLOTS, max_model_len=1024
+        model=args.model,
+        kernels="xla",
+        buckets=(NUM_SLOTS,),
+        max_num_seqs=NUM_SLOTS,
+        max_model_len=1024,
     )
     # Decodes run as decode items here, as they do with the default buckets.
     settings = replace(resolve_settings(engine_config, config, jax.devices()[0]), one_bucket=False)

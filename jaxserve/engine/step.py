@@ -20,7 +20,7 @@ from jax import lax
 from jaxserve.engine.plan import NO_TOKEN, StepResults
 from jaxserve.engine.sampler import SampleOutput, sample
 from jaxserve.engine.slots import SlotState
-from jaxserve.engine.step_inputs import TAKE_FROM_SLOT, StepLayout
+from jaxserve.engine.step_inputs import PADDING_TARGET, TAKE_FROM_SLOT, StepLayout
 from models.config import ModelConfig
 from models.decoder import Attend
 from models.ops.attention.kv_pool import values_dtype
@@ -63,7 +63,14 @@ def make_step(
         x = family.embed(params, config, input_tokens(layout, parts, slots), shard)
         attend = paged_attend(config, layout, attention, work, kv_pool=kv_pool)
         x, kv_pool = family.run_layers(
-            params, config, x, work.row_positions, kv_pool, attend, shard=shard
+            params,
+            config,
+            x,
+            work.row_positions,
+            kv_pool,
+            attend,
+            shard=shard,
+            num_live=_num_live(work.row_slots < layout.num_slots),
         )
         outputs = draw(config, layout, params, x, parts, slots, shard)
         return kv_pool, record(layout, parts, slots, outputs), outputs
@@ -124,7 +131,8 @@ def draw(
 ) -> jax.Array:
     """The last layer's rows `x [T, E]` to the step's outputs."""
     rows, targets = parts["sample_rows"], parts["sample_targets"]
-    logits = get_family(config.family).logits(params, config, x[rows], shard)
+    num_live = _num_live(targets != PADDING_TARGET)
+    logits = get_family(config.family).logits(params, config, x[rows], shard, num_live)
     # The drawn token stands one position after the row that predicts it.
     positions = parts["row_positions"][rows] + 1
     output = sample(logits, slots, _sample_slots(layout, parts), positions, targets)
@@ -132,6 +140,11 @@ def draw(
     is_sound = jnp.isfinite(logits.max(-1)) & jnp.isfinite(logits.min(-1))
     token_ids = jnp.where(is_sound, output.token_ids, NO_TOKEN)
     return _pack_outputs(dataclasses.replace(output, token_ids=token_ids))
+
+
+def _num_live(is_live: jax.Array) -> jax.Array:
+    """How many rows `bool [rows]` there are up to the last live one, int32."""
+    return jnp.max(jnp.where(is_live, jnp.arange(1, is_live.shape[0] + 1), 0)).astype(jnp.int32)
 
 
 def record(

@@ -50,6 +50,8 @@ class LayerKernel:
 
     kernels: PackedKernel
     layer: jax.Array
+    num_live: jax.Array | None
+    """Of the rows; see `PackedKernel.multiply`."""
 
 
 class Linear(nnx.Module):
@@ -90,7 +92,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.packed is not None:
-            out = self.packed.kernels.multiply(x, self.packed.layer)
+            out = self.packed.kernels.multiply(x, self.packed.layer, self.packed.num_live)
         elif self.scale is None:
             kernel = self.kernel[...]
             out = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
@@ -145,20 +147,26 @@ def drop_kernels(module: nnx.Module) -> None:
             drop_kernels(child)
 
 
-def attach_packed(module: nnx.Module, packed: Mapping[str, Any], layer: jax.Array) -> None:
+def attach_packed(
+    module: nnx.Module,
+    packed: Mapping[str, Any],
+    layer: jax.Array,
+    num_live: jax.Array | None,
+) -> None:
     """Give `module`'s projections their kernels among the packed ones.
 
     Args:
         module: as for `attach_adapters`, without kernels.
         packed: nested like the module's parameters, with a `PackedKernel` for each projection.
         layer: index of the module's layer in the packed kernels, int32.
+        num_live: of the rows; None: all.
     """
     for name, part in packed.items():
         child = getattr(module, name)
         if isinstance(part, PackedKernel):
-            child.packed = LayerKernel(part, layer)
+            child.packed = LayerKernel(part, layer, num_live)
         else:
-            attach_packed(child, part, layer)
+            attach_packed(child, part, layer, num_live)
 
 
 def attach_shard(module: nnx.Module, shard: TensorShard) -> None:

@@ -55,17 +55,26 @@ class PackedKernel:
     num_in: int
     num_out: int
 
-    def multiply(self, x: jax.Array, layer: jax.Array | int, dtype: Any = None) -> jax.Array:
+    def multiply(
+        self,
+        x: jax.Array,
+        layer: jax.Array | int,
+        num_live: jax.Array | int | None = None,
+        dtype: Any = None,
+    ) -> jax.Array:
         """`x [T, in]`, float32 or bfloat16, times the kernel of one layer, `[T, out]`.
 
         Args:
             layer: index on the first axis of `blocks`, of which nothing is copied.
+            num_live: only the first so many rows are multiplied, the others become zeros; by
+                default all.
             dtype: of the result; by default that of `x`.
         """
         result = jax.ShapeDtypeStruct((x.shape[0], self.num_out), dtype or x.dtype)
         call = jax.ffi.ffi_call("jaxserve_linear", result)
         index = jnp.asarray(layer, jnp.int32)
-        product: jax.Array = call(x, self.blocks, index, kind=np.int64(self.kind))
+        live = jnp.asarray(x.shape[0] if num_live is None else num_live, jnp.int32)
+        product: jax.Array = call(x, self.blocks, index, live, kind=np.int64(self.kind))
         return product
 
 
@@ -129,8 +138,8 @@ def _pack_floats(kernel: Array) -> Array:
         columns = _pad(kernel, 1, FLOAT_COLUMNS).reshape(num_in, -1, FLOAT_COLUMNS)
         return _bytes(columns.transpose(1, 0, 2))
     bits = _pad(_pad(kernel.view(np.uint16), 0, 2), 1, FLOAT_COLUMNS)
-    pairs = bits.reshape(bits.shape[0] // 2, 2, -1, FLOAT_COLUMNS)
-    return _bytes(pairs.transpose(2, 0, 3, 1))
+    pairs = _neighbours(bits, 2, np.uint32).reshape(bits.shape[0] // 2, -1, FLOAT_COLUMNS)
+    return _bytes(pairs.transpose(1, 0, 2))
 
 
 def _pack_codes(kernel: Codes) -> Array:
@@ -138,12 +147,10 @@ def _pack_codes(kernel: Codes) -> Array:
     codes = _pad(_pad(kernel.codes, 0, GROUP), 1, INT_COLUMNS)
     groups, blocks = codes.shape[0] // GROUP, codes.shape[1] // INT_COLUMNS
     if kernel.kind == Kind.Q4:
-        nibbles = codes.reshape(groups, 4, 2, 4, blocks, INT_COLUMNS)
-        in_bytes = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).transpose(3, 0, 1, 4, 2)
-    else:
-        quads = codes.reshape(groups, 8, 4, blocks, INT_COLUMNS)
-        in_bytes = quads.transpose(3, 0, 1, 4, 2)
-    in_bytes = np.ascontiguousarray(in_bytes).reshape(blocks, groups, -1)
+        halves = codes.reshape(groups * 4, 2, 4, -1)
+        codes = (halves[:, 0] | halves[:, 1] << 4).reshape(groups * 16, -1)
+    quads = _neighbours(codes, 4, np.uint32).reshape(groups, -1, blocks, INT_COLUMNS)
+    in_bytes = _bytes(quads.transpose(2, 0, 1, 3)).reshape(blocks, groups, -1)
     if kernel.kind == Kind.INT8:
         scales = _bytes(_pad(kernel.scales, 0, INT_COLUMNS).reshape(blocks, INT_COLUMNS))
         return np.concatenate([in_bytes.reshape(blocks, -1), scales], axis=1)
@@ -153,6 +160,17 @@ def _pack_codes(kernel: Codes) -> Array:
             columns = _pad(numbers, 1, INT_COLUMNS).reshape(groups, blocks, INT_COLUMNS)
             parts.append(_bytes(columns.transpose(1, 0, 2)))
     return np.concatenate(parts, axis=2)
+
+
+def _neighbours(array: Array, count: int, dtype: npt.DTypeLike) -> Array:
+    """`count` following rows of `[rows, columns]` side by side in one number: `[rows / count,
+    columns]`, whose bytes are a column's. Far faster than to move single bytes across axes."""
+    rows, columns = array.shape
+    groups = array.reshape(rows // count, count, columns)
+    beside = np.empty((rows // count, columns, count), array.dtype)
+    for index in range(count):
+        beside[..., index] = groups[:, index]
+    return beside.view(dtype)[..., 0]
 
 
 def _pad(array: Array, axis: int, multiple: int) -> Array:

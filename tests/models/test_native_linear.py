@@ -106,6 +106,21 @@ def test_a_rows_bits_do_not_depend_on_rows_beside_it_or_threads(
 
 
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+def test_rows_past_the_live_ones_are_zero_and_change_nothing(
+    kind: Kind, library: NativeLibrary
+) -> None:
+    packed, _ = kernels(kind, 64, 48)
+    x = np.random.default_rng(3).normal(size=(9, 64)).astype(np.float32)
+    whole = np.asarray(multiply(packed, x, np.int32(1)))
+    x[6:] = np.nan  # never looked at
+    for num_live in (0, 1, 6):
+        live = jnp.int32(num_live)
+        out = np.asarray(jax.jit(packed.multiply)(x, jnp.int32(1), live))
+        np.testing.assert_array_equal(out[:num_live], whole[:num_live])
+        assert not out[num_live:].any()
+
+
+@pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
 def test_bfloat16_rows_are_multiplied_as_float32_and_rounded_once(
     kind: Kind, library: NativeLibrary
 ) -> None:

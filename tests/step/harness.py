@@ -62,6 +62,7 @@ def tiny_settings(
 ) -> EngineSettings:
     engine_config = EngineConfig(
         model="tiny",
+        kernels="xla",
         buckets=buckets,
         max_num_seqs=max_num_seqs,
         token_budget=token_budget,

@@ -35,6 +35,7 @@ def test_chunked_prefill_and_decode_give_the_goldens_logprobs(variant: str) -> N
     token_ids = tuple(golden["token_ids"].tolist())
     engine_config = EngineConfig(
         model="tiny",
+        kernels="xla",
         buckets=(12,),
         max_num_seqs=4,
         max_model_len=64,

@@ -1,4 +1,5 @@
 // XLA's side: handlers that check shapes and dtypes, and plain C functions for ctypes.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -17,7 +18,8 @@ ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument
 bool is_float(ffi::DataType dtype) { return dtype == ffi::F32 || dtype == ffi::BF16; }
 
 ffi::Error linear_handler(ffi::AnyBuffer x, ffi::Buffer<ffi::U8> weights, ffi::Buffer<ffi::S32> layer,
-                          ffi::Result<ffi::AnyBuffer> out, int64_t kind) {
+                          ffi::Buffer<ffi::S32> num_live, ffi::Result<ffi::AnyBuffer> out,
+                          int64_t kind) {
   if (!is_known(kind)) return invalid("linear: unknown kind of weights");
   if (x.dimensions().size() != 2 || out->dimensions().size() != 2 ||
       weights.dimensions().size() != 2)
@@ -31,8 +33,13 @@ ffi::Error linear_handler(ffi::AnyBuffer x, ffi::Buffer<ffi::U8> weights, ffi::B
     return invalid("linear: the packed weights have another size than x and out need");
   const int32_t index = layer.typed_data()[0];
   if (index < 0 || index >= weights.dimensions()[0]) return invalid("linear: no such layer");
+  // Rows past the live ones cost nothing and are zero.
+  const int64_t live = std::clamp<int64_t>(num_live.typed_data()[0], 0, num_rows);
+  const size_t live_bytes = out->size_bytes() / std::max<int64_t>(num_rows, 1) * live;
+  std::memset(static_cast<char*>(out->untyped_data()) + live_bytes, 0,
+              out->size_bytes() - live_bytes);
   linear(chosen_kernels(),
-         {kind, num_rows, num_in, num_out, x.untyped_data(), x.element_type() == ffi::BF16,
+         {kind, live, num_in, num_out, x.untyped_data(), x.element_type() == ffi::BF16,
           weights.typed_data() + index * bytes, out->untyped_data(),
           out->element_type() == ffi::BF16});
   return ffi::Error::Success();
@@ -123,6 +130,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::linear_handler,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("kind"));

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.grammar.constraint import Constraint
-from jaxserve.engine.metrics import StepRecord
 from jaxserve.engine.offline import QueueSink
 from jaxserve.engine.request import GenerationRequest
 from jaxserve.engine.sampling_params import SamplingParams
@@ -102,14 +101,7 @@ def main() -> int:
 
 def _run(engine: Engine, arguments: argparse.Namespace, num_constrained: int) -> Run:
     """Streams that start together and have as many tokens to make."""
-    recorded: list[StepRecord] = []
-    observe = engine.metrics.observe_step
-
-    def record(step: StepRecord) -> None:
-        recorded.append(step)
-        observe(step)
-
-    setattr(engine.metrics, "observe_step", record)  # noqa: B010  mypy knows methods as constant
+    engine.metrics.keep_recent_steps(100_000)
     sink = QueueSink()
     constraint = Constraint.json_schema(SCHEMA)
     times: dict[str, list[float]] = {}
@@ -119,7 +111,7 @@ def _run(engine: Engine, arguments: argparse.Namespace, num_constrained: int) ->
         request_id = f"{num_constrained}-{index}"
         if is_constrained:
             constrained.add(request_id)
-        prompt = tuple((7 * index + 3 * i) % 1000 + 10 for i in range(arguments.input_len))
+        prompt = tuple((7 * index + 3 * i) % 200 + 10 for i in range(arguments.input_len))
         sampling = SamplingParams(
             temperature=0.8,
             seed=index,
@@ -137,7 +129,7 @@ def _run(engine: Engine, arguments: argparse.Namespace, num_constrained: int) ->
         for output in outputs:
             times[output.request_id] += [now_s] * len(output.token_ids)
             num_open -= output.finish_reason is not None
-    setattr(engine.metrics, "observe_step", observe)  # noqa: B010
+    recorded = list(engine.metrics.recent_steps)
     # Once the free ones are done, steps are smaller; while prompts come in, larger.
     fullest = max(step.num_tokens for step in recorded[len(recorded) // 4 :])
     free = [t for name, t in times.items() if name not in constrained]

@@ -56,6 +56,7 @@ def test_classifiers_are_too(tmp_path: Path, compilation_cache: Path) -> None:
 
 @pytest.mark.long
 def test_all_samplers_and_shardings_are_too(tmp_path: Path, compilation_cache: Path) -> None:
+    tiny_dataset(tmp_path)
     traces = _traces(
         tmp_path, compilation_cache, "long", "ngame", "zero1", "softmax", "bank", "centroid", "ance"
     )

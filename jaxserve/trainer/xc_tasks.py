@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jaxserve.errors import ConfigError
 from jaxserve.trainer.exact_gradient import Gradients
 from jaxserve.trainer.exchange import Exchange, add
 from jaxserve.trainer.flat_vector import FlatVector
@@ -101,6 +102,9 @@ class EncoderTask:
         flat: the vector of its parameters.
         exchange: devices and their leaves.
         initial_params: what a fresh run starts from.
+
+    Raises:
+        ConfigError: mined labels that the micro-batches cannot share equally.
     """
 
     def __init__(
@@ -123,6 +127,11 @@ class EncoderTask:
         self._train = dataset.split("train")
         self._labels = dataset.labels()
         self._sampler = _sampler_of(world, config, dataset, spec.width)
+        if self._sampler.num_extra % world.num_leaves:
+            raise ConfigError(
+                f"xc.sampler.num_mined is {self._sampler.num_extra}; it must be a multiple of the "
+                f"{world.num_leaves} micro-batches of a batch, which share these labels"
+            )
         contrast = ContrastSpec(spec, flat, config.loss, world.num_leaves, world.micro_batch_size)
         self._gradient = ContrastGradient(contrast, exchange)
         self._order: BatchOrder | None = None

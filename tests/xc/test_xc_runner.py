@@ -11,6 +11,7 @@ import pytest
 
 from checkpoint.errors import FormatError
 from checkpoint.store import Store
+from jaxserve.errors import ConfigError
 from jaxserve.trainer.config import TrainConfig
 from jaxserve.trainer.errors import TrainConfigError
 from jaxserve.trainer.run_identity import make_world
@@ -97,6 +98,12 @@ def test_clusters_of_one_point_train_as_random_batches_bit_for_bit(folder: Path)
             record = runner.run_step(step)
         states.append((record.loss, record.params_digest))
     assert states[0] == states[1]
+
+
+def test_mined_labels_that_micro_batches_cannot_share_are_named(folder: Path) -> None:
+    settings = ("xc.sampler.name='ngame_centroid'", "xc.sampler.num_mined=8")
+    with pytest.raises(ConfigError, match="num_mined is 8; it must be a multiple of the 16"):
+        tiny_runner(tiny_config(folder, *settings))
 
 
 def test_a_collapsed_run_ends_with_what_to_do(folder: Path) -> None:

@@ -14,7 +14,11 @@ SAMPLERS = {
     "zero1": ("placement.sharding='zero1'",),
     "softmax": ("xc.loss.name='softmax'", "placement.sharding='fsdp'"),
     "bank": ("xc.sampler.memory_bank=true",),
-    "centroid": ("xc.sampler.name='ngame_centroid'", "xc.sampler.num_mined=8", "xc.sampler.pool=4"),
+    "centroid": (
+        "xc.sampler.name='ngame_centroid'",
+        "xc.sampler.num_mined=16",
+        "xc.sampler.pool=4",
+    ),
     "ance": ("xc.sampler.name='ance'", "xc.sampler.pool=4"),
 }
 """Case -> settings. A refresh falls into step 7: 111 training points, 16 a step."""

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from jaxserve.cli.engine_options import with_engine_options
-from jaxserve.engine.config import POLICIES, EngineConfig
+from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.offline import join_outputs, stream
 from jaxserve.engine.request import FinishReason, GenerationRequest
 from jaxserve.engine.sampling_params import SamplingParams
@@ -26,10 +26,10 @@ WITHIN_CPU_S = 5.0
 """CPU time of the process, which a busy machine does not stretch."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
+SMALL = "--max-num-seqs 4 --token-budget 16 "
+"""With options that have nothing to do with the rows of steps: these compile sooner."""
 FLAGS = [
     "",
-    "--dtype float32",
-    "--dtype bfloat16",
     "--max-num-seqs 1",
     "--max-num-seqs 3",
     "--token-budget 1 --max-num-seqs 1",
@@ -37,23 +37,27 @@ FLAGS = [
     "--buckets one",
     "--buckets 1,32",
     "--buckets 4",
-    "--page-size 1",
-    "--page-size 7",
-    "--max-model-len 64",
-    "--kv-cache-bytes 8MiB",
-    "--watermark 0.2",
-    "--no-prefix-caching",
-    "--max-queued-requests 1",
-    "--max-queued-tokens 1",
+    f"{SMALL}--dtype float32",
+    f"{SMALL}--dtype bfloat16",
+    f"{SMALL}--quantization int8",
+    f"{SMALL}--kv-cache-dtype int8",
+    f"{SMALL}--kv-cache-dtype fp8_e4m3",
+    f"{SMALL}--page-size 1",
+    f"{SMALL}--page-size 7",
+    f"{SMALL}--max-model-len 64",
+    f"{SMALL}--kv-cache-bytes 8MiB",
+    f"{SMALL}--watermark 0.2",
+    f"{SMALL}--no-prefix-caching",
+    f"{SMALL}--max-queued-requests 1",
+    f"{SMALL}--max-queued-tokens 1",
     "--slo-tbt-ms 2000",
-    "--slo-tbt-ms 2000 --step-budget time",
-    "--slo-tbt-ms 2000 --step-budget slack --slo-ttft-ms 9000",
-    *(f"--policy {policy}" for policy in POLICIES),
+    f"{SMALL}--slo-tbt-ms 2000 --step-budget time",
+    f"{SMALL}--slo-tbt-ms 2000 --step-budget slack --slo-ttft-ms 9000",
 ]
+"""Without --policy: `tests/scheduler/test_sizing.py` serves with each."""
 REAL_FLAGS = [
-    "--dtype bfloat16",
-    "--page-size 7",
-    "--policy vllm_v0",
+    "--buckets 4,32 --dtype bfloat16 --page-size 7",
+    "--policy vllm_v0 --max-model-len 512",
 ]
 """Those whose steps are other programs than the default ones."""
 
@@ -98,6 +102,7 @@ def tokens_come_soon(flags: str, model: Path, cache: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: flags or "none")
 def test_an_option_works_on_a_tiny_model(
     tiny_model: Path, compilation_cache: Path, flags: str

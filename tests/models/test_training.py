@@ -151,6 +151,7 @@ def test_a_wrong_option_is_refused(options: dict, message: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_learns(variant: str) -> None:
     source = open_model(GOLDENS / variant)

@@ -202,6 +202,7 @@ def live_requests() -> list[Request]:
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("quick_compilation")
 def test_every_policy_serves_the_same_tokens(tiny_folder: Path, compilation_cache: Path) -> None:
     """On the real step, with prompts beyond the token budget."""
     sampling = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)

@@ -24,6 +24,7 @@ FAST = ("gemma3", "gpt2", "qwen3_moe")
 """One of each kind of layer; the others take their turn in the long run."""
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "variant",
     [pytest.param(v, marks=() if v in FAST else (pytest.mark.long,)) for v in VARIANTS],

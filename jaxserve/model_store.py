@@ -352,10 +352,14 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def _total_bytes(folder: Path) -> int:
+    """Of the files below, as far as they stay: pip moves files and folders as it goes.
+
+    `os.walk` passes over a folder that is gone, where `rglob` raises."""
     total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves its files as it goes
-            total += file.lstat().st_size if file.is_file() else 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(parent, name).lstat().st_size
     return total
 
 

@@ -19,7 +19,7 @@ from jaxserve.server.http.disconnect import unless_disconnected
 from jaxserve.server.http.errors import AnswerCancelled, EngineFailure
 from jaxserve.server.http.prompts import Prompt, as_prompts, check_vocabulary
 from jaxserve.server.http.replies import Embedding, Embeddings
-from jaxserve.server.http.schema import EmbeddingRequest
+from jaxserve.server.http.schema import ClassifyRequest, EmbeddingRequest
 from jaxserve.server.http.service import HttpService
 from jaxserve.server.prompt_limits import at_most
 from jaxserve.server.state import Serving
@@ -30,18 +30,7 @@ async def embed(service: HttpService, request: Request) -> Response:
     body = await service.read(request, EmbeddingRequest)
     serving = service.accepting(body)
     serving.require_embeddings()
-    prompts = as_prompts("input", body.input)
-    at_most("input", len(prompts), serving.limits.max_texts, "texts")
-    texts = await encode_prompts(service, serving, prompts, truncate=bool(body.truncate))
-    requests = [
-        service.claim(
-            request, GenerationRequest(f"{request.state.request_id}-{index}", text.token_ids)
-        )
-        for index, text in enumerate(texts)
-    ]
-    outputs = await unless_disconnected(
-        request.receive, serving.async_engine.complete_all(requests)
-    )
+    texts, outputs = await encode_input(service, request, serving, body)
     num_tokens = sum(len(text.token_ids) for text in texts)
     as_text = body.encoding_format == "base64"
     reply: Embeddings = {
@@ -56,7 +45,29 @@ async def embed(service: HttpService, request: Request) -> Response:
     return JSONResponse(reply)
 
 
-async def encode_prompts(
+async def encode_input(
+    service: HttpService,
+    request: Request,
+    serving: Serving,
+    body: EmbeddingRequest | ClassifyRequest,
+) -> tuple[list[EncodedText], list[RequestOutput]]:
+    """Runs all texts of a request through the encoder. Raises InvalidRequest naming the input."""
+    prompts = as_prompts("input", body.input)
+    at_most("input", len(prompts), serving.limits.max_texts, "texts")
+    texts = await _encode_prompts(service, serving, prompts, truncate=bool(body.truncate))
+    requests = [
+        service.claim(
+            request, GenerationRequest(f"{request.state.request_id}-{index}", text.token_ids)
+        )
+        for index, text in enumerate(texts)
+    ]
+    outputs = await unless_disconnected(
+        request.receive, serving.async_engine.complete_all(requests)
+    )
+    return texts, list(outputs)
+
+
+async def _encode_prompts(
     service: HttpService, serving: Serving, prompts: Sequence[Prompt], *, truncate: bool
 ) -> list[EncodedText]:
     """The token ids of texts, or as they were given. Raises InvalidRequest naming the input."""

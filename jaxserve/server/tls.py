@@ -64,8 +64,8 @@ class TlsKeeper:
         try:
             self._now = _read(self._files)
         except ConfigError as error:
-            self.num_failed_reloads += 1
             _log.error("the certificates stay as they were: %s", error)
+            self.num_failed_reloads += 1  # Whoever sees it finds the reason in the log.
             return
         _log.warning("the certificates were read anew")
 

@@ -86,8 +86,8 @@ class KeyRing:
             tenants = read_key_file(self._path)
             self._take(tenants)
         except ConfigError as error:
-            self.num_failed_reloads += 1
             _log.error("the API keys stay as they were: %s", error)
+            self.num_failed_reloads += 1  # Whoever sees it finds the reason in the log.
             return
         self._tenants = tenants
         _log.warning("API keys of %d tenants were read anew", len(tenants.by_name))

@@ -1,6 +1,7 @@
 """Host cost of the scheduler: plan + commit of decode-only steps, in ms of CPU time.
 
-Beside it the time of a *bare step*: a loop that only calls a function for each
+Beside it what it takes to read the updates that a commit returns, which the engine does when the
+device has its next step; and the time of a *bare step*: a loop that only calls a function for each
 sequence, which makes a tuple and keeps it. No step in Python can do with less,
 so the ratio says what the scheduler adds, whatever the core is worth just now.
 
@@ -70,8 +71,9 @@ def results_for(plan: StepPlan) -> StepResults:
     )
 
 
-def measure_decode_steps(num_seqs: int, num_steps: int) -> list[float]:
-    """CPU seconds of plan + commit for each step, with two steps in flight.
+def measure_decode_steps(num_seqs: int, num_steps: int) -> list[tuple[float, float]]:
+    """CPU seconds of plan + commit, and of reading the updates, for each step, with two steps in
+    flight.
 
     CPU time of this thread, so that other work on the machine doesn't count.
     """
@@ -89,8 +91,12 @@ def measure_decode_steps(num_seqs: int, num_steps: int) -> list[float]:
             continue
         oldest, results = in_flight.popleft()
         start_s = time.thread_time()
-        scheduler.commit(oldest, results, 0.0)
-        seconds.append(planned_s + time.thread_time() - start_s)
+        updates = scheduler.commit(oldest, results, 0.0)
+        committed_s = time.thread_time() - start_s
+        for _ in updates:
+            pass
+        read_s = time.thread_time() - start_s - committed_s
+        seconds.append((planned_s + committed_s, read_s))
     return seconds
 
 
@@ -119,11 +125,13 @@ def main() -> None:
     report = {}
     for num_seqs in options.num_seqs:
         bare_ms = statistics.median(measure_bare_steps(num_seqs, options.num_steps)) * 1e3
-        times_ms = sorted(s * 1e3 for s in measure_decode_steps(num_seqs, options.num_steps))
+        steps = measure_decode_steps(num_seqs, options.num_steps)
+        times_ms = sorted(step_s * 1e3 for step_s, _ in steps)
         report[str(num_seqs)] = {
             "mean_ms": round(statistics.fmean(times_ms), 4),
             "p50_ms": round(statistics.median(times_ms), 4),
             "p99_ms": round(times_ms[int(0.99 * (len(times_ms) - 1))], 4),
+            "read_updates_p50_ms": round(statistics.median(read_s for _, read_s in steps) * 1e3, 4),
             "bare_step_ms": round(bare_ms, 4),
             "p50_in_bare_steps": round(statistics.median(times_ms) / bare_ms, 1),
             "num_steps": len(times_ms),

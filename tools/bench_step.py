@@ -24,7 +24,7 @@ import numpy as np
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.memory_plan import bytes_per_device
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, SlotLoad, StepPlan
 from jaxserve.engine.sampler import sample
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.settings import EngineSettings, resolve_settings
@@ -156,9 +156,9 @@ def decode_step(
         name = f"r{slot}"
         chunks.append(Chunk(name, slot, length, 1, (), True, new_pages=pages))
         loads.append(SlotLoad(slot, name, mix[slot % len(mix)], slot, (0,), (), ()))
-    first = StepPlan(0, NUM_SLOTS, tuple(chunks), (), slot_loads=tuple(loads))
+    first = StepPlan(0, NUM_SLOTS, Decodes.of(chunks), (), slot_loads=tuple(loads))
     held = (Chunk(c.request_id, c.slot, c.start, 1, (), True, new_pages=()) for c in chunks)
-    again = StepPlan(1, NUM_SLOTS, tuple(held), ())
+    again = StepPlan(1, NUM_SLOTS, Decodes.of(held), ())
 
     def load() -> None:
         executor.submit(first)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ class StepScheduler(Protocol):
     def num_waiting_tokens(self) -> int: ...
     def add(self, request: Request) -> None: ...
     def plan(self, now_s: float) -> Planned | None: ...
-    def commit(self, plan: Any, results: Any, now_s: float) -> Sequence[Update]: ...
+    def commit(self, plan: Any, results: Any, now_s: float) -> Iterable[Update]: ...
     def finish(self, request_id: str, reason: FinishReason) -> Request | None: ...
     def check_integrity(self) -> None: ...
 
@@ -120,7 +120,7 @@ class Outputs(Protocol):
 class Committed:
     """A committed step whose outputs have not been emitted."""
 
-    updates: Sequence[Update]
+    updates: Iterable[Update]
     completed_s: float
 
 

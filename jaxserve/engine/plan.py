@@ -11,7 +11,7 @@ padding up to `num_rows_bucket`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,9 +30,6 @@ class Chunk(NamedTuple):
     for its slot; it stays on the device (`token_ids` is empty). A *prefill*
     chunk carries its token ids; after a preemption these include generated
     tokens that are computed again.
-
-    A tuple, since a step makes one for each running sequence and a frozen
-    dataclass takes three times as long to construct.
     """
 
     request_id: str
@@ -61,6 +58,41 @@ class Chunk(NamedTuple):
     @property
     def num_sample_rows(self) -> int:
         return len(self.logprob_targets) + int(self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """A step's decode chunks, row by row, in columns.
+
+    A step decodes every running sequence, and a chunk for each would take
+    more time than everything else that planning does. Iterating makes them.
+    """
+
+    request_ids: tuple[str, ...] = ()
+    slots: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    """Absolute position of the row, `start` of the chunk."""
+    new_pages: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """(row, its `new_pages`) of those rows that get any, ascending."""
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Decodes:
+        chunks = tuple(chunks)
+        return cls(
+            tuple(chunk.request_id for chunk in chunks),
+            tuple(chunk.slot for chunk in chunks),
+            tuple(chunk.start for chunk in chunks),
+            tuple((row, chunk.new_pages) for row, chunk in enumerate(chunks) if chunk.new_pages),
+        )
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        new_pages = dict(self.new_pages)
+        for row, request_id in enumerate(self.request_ids):
+            pages = new_pages.get(row, ())
+            yield Chunk(request_id, self.slots[row], self.positions[row], 1, (), True, pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +141,7 @@ class StepPlan:
     step_id: int
     num_rows_bucket: int
     """Rows of the executable that runs it."""
-    decodes: tuple[Chunk, ...]
+    decodes: Decodes
     prefills: tuple[Chunk, ...]
     slot_loads: tuple[SlotLoad, ...] = ()
     preempted: tuple[str, ...] = ()
@@ -119,7 +151,16 @@ class StepPlan:
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        return self.decodes + self.prefills
+        return (*self.decodes, *self.prefills)
+
+    @property
+    def new_pages(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """(slot, page ids appended to its table) of the chunks that bring some."""
+        for row, page_ids in self.decodes.new_pages:
+            yield self.decodes.slots[row], page_ids
+        for chunk in self.prefills:
+            if chunk.new_pages:
+                yield chunk.slot, chunk.new_pages
 
     @property
     def num_tokens(self) -> int:
@@ -131,8 +172,15 @@ class StepPlan:
 
     def sample_rows(self) -> Iterator[SampleRow]:
         """Rows through the LM head, in the order of `StepResults`."""
-        row = 0
-        for chunk in self.chunks:
+        decodes = zip(self.decodes.slots, self.decodes.positions, strict=True)
+        for row, (slot, position) in enumerate(decodes):
+            yield SampleRow(slot, row, position, -1)
+        yield from self.prefill_sample_rows()
+
+    def prefill_sample_rows(self) -> Iterator[SampleRow]:
+        """Those of `sample_rows` after the decodes', each of which is one."""
+        row = len(self.decodes)
+        for chunk in self.prefills:
             for offset, target in enumerate(chunk.logprob_targets):
                 yield SampleRow(chunk.slot, row + offset, chunk.start + offset, target)
             if chunk.samples:

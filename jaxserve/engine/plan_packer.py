@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxserve.engine.mask_loads import MaskLoadLayout
-from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.plan import Decodes, StepPlan
 from jaxserve.engine.slots import SlotLoadLayout
 from jaxserve.engine.step_inputs import StepLayout
 
@@ -70,12 +70,11 @@ class PlanPacker:
             self._num_slot_pages[load.slot] = 0
             self._page_table[load.slot] = self._spare_page
             loads.append(self._load_layout.pack(load))
-        for chunk in plan.chunks:
-            if chunk.new_pages:
-                held = self._num_slot_pages[chunk.slot]
-                end = held + len(chunk.new_pages)
-                self._page_table[chunk.slot, held:end] = chunk.new_pages
-                self._num_slot_pages[chunk.slot] = end
+        for slot, page_ids in plan.new_pages:
+            held = self._num_slot_pages[slot]
+            end = held + len(page_ids)
+            self._page_table[slot, held:end] = page_ids
+            self._num_slot_pages[slot] = end
         vector = self._layouts[plan.num_rows_bucket].pack(plan, self._page_table)
         return PackedPlan(plan, loads, tuple(self._mask_layout.vectors(plan.mask_loads)), vector)
 
@@ -108,4 +107,4 @@ class PlanPacker:
         return self._mask_layout.pack(())
 
 
-_NOTHING = StepPlan(step_id=-1, num_rows_bucket=0, decodes=(), prefills=())
+_NOTHING = StepPlan(step_id=-1, num_rows_bucket=0, decodes=Decodes(), prefills=())

@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter
 
 from jaxserve.engine.executor import Executor
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.step_features import StepFeatures
@@ -122,6 +122,6 @@ def _plans(
     again = [chunk._replace(new_pages=()) for chunk in first]
     count = len(decodes)
     return (
-        StepPlan(0, rows, tuple(first[:count]), tuple(first[count:]), tuple(loads)),
-        StepPlan(1, rows, tuple(again[:count]), tuple(again[count:])),
+        StepPlan(0, rows, Decodes.of(first[:count]), tuple(first[count:]), tuple(loads)),
+        StepPlan(1, rows, Decodes.of(again[:count]), tuple(again[count:])),
     )

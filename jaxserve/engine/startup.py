@@ -33,7 +33,7 @@ from jaxserve.engine.live_weights import LiveWeights
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_device
 from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.pipeline_executor import PipelineExecutor
-from jaxserve.engine.plan import Chunk, MaskLoad, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, MaskLoad, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.served_params import file_kinds, load_served_params
 from jaxserve.engine.settings import EngineSettings, resolve_settings
@@ -251,8 +251,8 @@ def _run_first_steps(settings: EngineSettings, executor: AnyExecutor) -> None:
         )
         chunk = Chunk("first-step", 0, 0, num_tokens, token_ids, True, new_pages=(0,))
         masks = (MaskLoad(0, every_token),)
-        executor.submit(StepPlan(step_id, rows, (), (chunk,), (load,), mask_loads=masks))
+        executor.submit(StepPlan(step_id, rows, Decodes(), (chunk,), (load,), mask_loads=masks))
         decode = Chunk("first-step", 0, num_tokens, 1, (), True, new_pages=())
-        executor.submit(StepPlan(step_id, rows, (decode,), ()))
+        executor.submit(StepPlan(step_id, rows, Decodes.of((decode,)), ()))
         for _ in range(2):
             executor.next_completion()

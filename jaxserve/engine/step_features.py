@@ -36,7 +36,7 @@ class StepFeatures(NamedTuple):
             num_rows_bucket=plan.num_rows_bucket,
             num_seqs=num_decodes + num_prefills,
             num_decodes=num_decodes,
-            decode_context=sum([chunk.start for chunk in plan.decodes]) + num_decodes,
+            decode_context=sum(plan.decodes.positions) + num_decodes,
             num_prefills=num_prefills,
             num_prefill_tokens=num_prefill_tokens,
             prefill_pairs=pairs,

@@ -116,18 +116,15 @@ class StepLayout:
         views["row_slots"][:] = self.num_slots
         self._pack_rows(plan, views)
         self._pack_items(plan, views)
-        samples = list(plan.sample_rows())
-        views["sample_targets"][:] = PADDING_TARGET
-        views["sample_rows"][: len(samples)] = [sample.row for sample in samples]
-        views["sample_targets"][: len(samples)] = [sample.target for sample in samples]
+        self._pack_samples(plan, views)
         views["page_table"][:] = page_table
         return vector
 
     def _pack_rows(self, plan: StepPlan, views: Mapping[str, np.ndarray]) -> None:
         num_decodes = len(plan.decodes)
         views["tokens"][:num_decodes] = TAKE_FROM_SLOT
-        views["row_slots"][:num_decodes] = [chunk.slot for chunk in plan.decodes]
-        views["row_positions"][:num_decodes] = [chunk.start for chunk in plan.decodes]
+        views["row_slots"][:num_decodes] = plan.decodes.slots
+        views["row_positions"][:num_decodes] = plan.decodes.positions
         row = num_decodes
         for chunk in plan.prefills:
             end = row + chunk.num_tokens
@@ -136,13 +133,22 @@ class StepLayout:
             views["row_positions"][row:end] = np.arange(chunk.start, chunk.start + chunk.num_tokens)
             row = end
 
+    def _pack_samples(self, plan: StepPlan, views: Mapping[str, np.ndarray]) -> None:
+        views["sample_targets"][:] = PADDING_TARGET
+        num_decodes = len(plan.decodes)
+        views["sample_rows"][:num_decodes] = np.arange(num_decodes)
+        views["sample_targets"][:num_decodes] = -1
+        for index, sample in enumerate(plan.prefill_sample_rows(), start=num_decodes):
+            views["sample_rows"][index] = sample.row
+            views["sample_targets"][index] = sample.target
+
     def _pack_items(self, plan: StepPlan, views: Mapping[str, np.ndarray]) -> None:
         tile_rows = self.tiling.tile_rows
         tiles: list[tuple[int, int, int]] = []  # last position, first row, rows
         num_decodes = len(plan.decodes)
         views["decode_rows"][:] = self.num_rows
         if self.decodes_as_tiles:
-            tiles = [(chunk.start, row, 1) for row, chunk in enumerate(plan.decodes)]
+            tiles = [(position, row, 1) for row, position in enumerate(plan.decodes.positions)]
         elif num_decodes:
             positions = views["row_positions"][:num_decodes]
             views["decode_rows"][:num_decodes] = np.argsort(-positions, kind="stable")

@@ -174,7 +174,7 @@ class Run:
         if self.device.num_in_flight:
             plan, results = self.device.next_completion()
             self.now_s += 1.0
-            self.monitor.committed(plan, self.scheduler.commit(plan, results, self.now_s))
+            self.monitor.committed(plan, list(self.scheduler.commit(plan, results, self.now_s)))
 
     def finish(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         self.scheduler.finish(request_id, reason)

@@ -22,7 +22,8 @@ def test_plan_and_commit_of_decode_steps(num_seqs: int, limit_ms: float) -> None
     ratios = []
     for _ in range(30):
         bare_s = statistics.fmean(measure_bare_steps(num_seqs, num_steps=400))
-        step_s = statistics.fmean(measure_decode_steps(num_seqs, num_steps=20))
+        steps = measure_decode_steps(num_seqs, num_steps=20)
+        step_s = statistics.fmean(commit_s + read_s for commit_s, read_s in steps)
         if step_s * 1e3 <= limit_ms:
             return
         ratios.append(step_s / bare_s)

@@ -100,7 +100,7 @@ MUTANTS = [
     mutant(
         "decode_at_the_wrong_position",
         "S6",
-        Edit(DRAFT, "request.slot, position, 1, ()", "request.slot, position + 1, 1, ()"),
+        Edit(DRAFT, "add_position(position)", "add_position(position + 1)"),
     ),
     mutant(
         "admit_after_preempt",
@@ -214,8 +214,8 @@ MUTANTS = [
         "S5 device",
         Edit(
             SCHEDULER,
-            "(chunk.start + chunk.num_tokens) // size",
-            "min(chunk.start + chunk.num_tokens + 1, request.num_tokens) // size",
+            "num_pages = end // size",
+            "num_pages = min(end + 1, request.num_tokens) // size",
         ),
     ),
     mutant(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from jaxserve.engine.plan import Chunk, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, StepPlan
 from jaxserve.simulator.clock import VirtualClock
 from jaxserve.simulator.sim_executor import SimExecutor
 
 
 def plan(step_id: int, request_id: str = "r") -> StepPlan:
-    return StepPlan(step_id, 1, (Chunk(request_id, 0, 5, 1, (), True, ()),), ())
+    return StepPlan(step_id, 1, Decodes.of([Chunk(request_id, 0, 5, 1, (), True, ())]), ())
 
 
 def executor(

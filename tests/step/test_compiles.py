@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxserve.engine.compilation import CompileCounter, use_compilation_cache
-from jaxserve.engine.plan import Chunk, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.errors import ConfigError
 from tests.step.harness import Driver, make_request, tiny_settings
@@ -105,14 +105,14 @@ def test_a_wrong_shape_raises_and_does_not_compile(counter):
     before = counter.count
     chunk = Chunk("r", 0, 0, 3, (1, 2, 3), True, new_pages=(0,))
     with pytest.raises(ValueError, match="no step of 5 rows was compiled"):
-        executor.submit(StepPlan(0, 5, (), (chunk,)))
+        executor.submit(StepPlan(0, 5, Decodes(), (chunk,)))
     step = executor.programs.steps[8]
     wrong = np.zeros(executor.programs.layouts[4].size, np.int32)
     with pytest.raises(TypeError):
         step(executor.device.params, executor.device.kv_pool, executor.device.slots, wrong)
     too_many = Chunk("r", 0, 0, 9, tuple(range(9)), True, new_pages=(0, 1, 2))
     with pytest.raises(ValueError, match="does not fit its bucket"):
-        executor.submit(StepPlan(0, 8, (), (too_many,)))
+        executor.submit(StepPlan(0, 8, Decodes(), (too_many,)))
     assert counter.count == before
     assert executor.num_in_flight == 0
 

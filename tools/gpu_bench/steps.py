@@ -21,7 +21,7 @@ import jax
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.jax_executor import JaxExecutor
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.startup import build_executor
@@ -161,8 +161,10 @@ def _plans(
     split = len(contexts)
     held = [chunk._replace(new_pages=()) for chunk in chunks]
     return (
-        StepPlan(0, rows, tuple(chunks[:split]), tuple(chunks[split:]), slot_loads=tuple(loads)),
-        StepPlan(1, rows, tuple(held[:split]), tuple(held[split:])),
+        StepPlan(
+            0, rows, Decodes.of(chunks[:split]), tuple(chunks[split:]), slot_loads=tuple(loads)
+        ),
+        StepPlan(1, rows, Decodes.of(held[:split]), tuple(held[split:])),
     )
 
 

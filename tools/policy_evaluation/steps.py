@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from jaxserve.engine.jax_executor import JaxExecutor
-from jaxserve.engine.plan import Chunk, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0.0)
@@ -65,11 +65,11 @@ def _plans(executor: JaxExecutor, shape: StepShape) -> tuple[StepPlan, StepPlan]
         (decodes if is_decode else prefills).append(chunk)
         loads.append(SlotLoad(slot, f"r{slot}", _GREEDY, slot, (1,), (), ()))
     rows = shape.num_rows_bucket
-    first = StepPlan(0, rows, tuple(decodes), tuple(prefills), slot_loads=tuple(loads))
+    first = StepPlan(0, rows, Decodes.of(decodes), tuple(prefills), slot_loads=tuple(loads))
     again = StepPlan(
         1,
         rows,
-        tuple(chunk._replace(new_pages=()) for chunk in decodes),
+        Decodes.of(chunk._replace(new_pages=()) for chunk in decodes),
         tuple(chunk._replace(new_pages=()) for chunk in prefills),
     )
     return first, again

@@ -16,8 +16,9 @@ step is in flight: until then nothing is planned.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
-from jaxserve.engine.plan import Chunk, MaskLoad, SlotLoad, StepPlan
+from jaxserve.engine.plan import Chunk, Decodes, MaskLoad, SlotLoad, StepPlan
 from jaxserve.engine.request import Request
 from jaxserve.engine.scheduler.admission import (
     find_cached_pages,
@@ -71,7 +72,9 @@ class StepDraft:
         )
         self._decode_requests: list[Request] = []
         self._prefill_requests: list[Request] = []
-        self._decodes: list[Chunk] = []
+        self._decode_positions: list[int] = []
+        self._decode_pages: list[tuple[int, tuple[int, ...]]] = []
+        """(row, page ids) of the decodes that get new pages."""
         self._prefills: list[Chunk] = []
         self._slot_loads: list[SlotLoad] = []
         self._mask_loads: list[MaskLoad] = []
@@ -79,7 +82,7 @@ class StepDraft:
 
     @property
     def is_empty(self) -> bool:
-        return not self._decodes and not self._prefills
+        return not self._decode_requests and not self._prefills
 
     @property
     def decode_requests(self) -> list[Request]:
@@ -128,6 +131,8 @@ class StepDraft:
     def partial_prefills(self) -> list[Request]:
         """Running requests with an unfinished prefill that may go on, oldest
         first within a class."""
+        if len(self._decode_requests) == len(self._state.running):
+            return []
         unfinished = [
             request
             for request in self._state.running.values()
@@ -217,11 +222,17 @@ class StepDraft:
         """The plan, or None if nothing went in."""
         if self.is_empty:
             return None
-        num_rows = sum(chunk.num_tokens for chunk in self._prefills) + len(self._decodes)
+        requests = self._decode_requests
+        num_rows = sum(chunk.num_tokens for chunk in self._prefills) + len(requests)
         return StepPlan(
             step_id=step_id,
             num_rows_bucket=smallest_bucket(self._config.buckets, num_rows),
-            decodes=tuple(self._decodes),
+            decodes=Decodes(
+                request_ids=tuple([request.request_id for request in requests]),
+                slots=cast("tuple[int, ...]", tuple([request.slot for request in requests])),
+                positions=tuple(self._decode_positions),
+                new_pages=tuple(self._decode_pages),
+            ),
             prefills=tuple(self._prefills),
             slot_loads=tuple(self._slot_loads),
             preempted=tuple(self._preempted),
@@ -296,17 +307,14 @@ class StepDraft:
         if self._state.num_masked:
             for request in requests:
                 self._load_mask(request)
-        page_size, add_chunk, new = self._config.page_size, self._decodes.append, tuple.__new__
-        no_pages: tuple[int, ...] = ()
-        for request in requests:
+        page_size, add_position = self._config.page_size, self._decode_positions.append
+        for row, request in enumerate(requests, start=len(self._decode_requests)):
             position = request.num_computed_tokens
-            new_pages = no_pages
             if not position % page_size and position == len(request.page_ids) * page_size:
-                new_pages = tuple(self._state.pages.allocate(1))
-                request.page_ids.extend(new_pages)
-            add_chunk(
-                new(Chunk, (request.request_id, request.slot, position, 1, (), True, new_pages, ()))
-            )
+                new_pages = self._state.pages.allocate(1)
+                request.page_ids += new_pages
+                self._decode_pages.append((row, tuple(new_pages)))
+            add_position(position)
             request.num_computed_tokens = position + 1
             request.num_in_flight_steps += 1
         self._decode_requests.extend(requests)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import count
 from typing import NamedTuple
 
 from jaxserve.engine.pages import PagePool
@@ -33,6 +32,7 @@ from jaxserve.engine.scheduler.policies import Policy, make_policy
 from jaxserve.engine.scheduler.state import SchedulerState
 from jaxserve.engine.scheduler.updates import (
     ResultReader,
+    StepUpdates,
     finish_reason_after,
     num_plain_outputs,
     read_prompt_logprobs,
@@ -177,12 +177,10 @@ class Scheduler:
             )
         return plan
 
-    def commit(self, plan: StepPlan, results: StepResults, now_s: float) -> list[TokenUpdate]:
+    def commit(self, plan: StepPlan, results: StepResults, now_s: float) -> StepUpdates:
         """Takes in the results of the oldest step in flight.
 
-        Returns what changed, in row order; nothing for requests that finished
-        earlier. Raises ValueError if `plan` or `results` is not the oldest
-        step's.
+        Raises ValueError if `plan` or `results` is not the oldest step's.
         """
         if not self._in_flight or self._in_flight[0].plan.step_id != plan.step_id:
             raise ValueError(f"step {plan.step_id} is not the oldest in flight")
@@ -193,16 +191,16 @@ class Scheduler:
         self._last_commit_s = now_s
         self._in_flight.popleft()
         reader = ResultReader(results)
-        updates = self._commit_decodes(decoding, plan.decodes, reader, now_s)
-        row = len(decoding)
+        special = self._commit_decodes(decoding, plan.decodes.positions, reader, now_s)
+        prefilled, row = [], len(decoding)
         for request, chunk in zip(prefilling, plan.prefills, strict=True):
             if self._takes_result(request):
                 update = self._commit_chunk(request, chunk, reader, row, now_s)
                 if update is not None:
-                    updates.append(update)
+                    prefilled.append(update)
             row += chunk.num_sample_rows
         self.policy.committed(plan, step_s)
-        return updates
+        return StepUpdates(decoding, reader.token_ids, special, prefilled)
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
         """Ends a request at any moment; the only way out.
@@ -248,24 +246,24 @@ class Scheduler:
         return False
 
     def _commit_decodes(
-        self, requests: list[Request], chunks: Sequence[Chunk], reader: ResultReader, now_s: float
-    ) -> list[TokenUpdate]:
-        """As `_commit_chunk` for each decode, whose usual case makes no call: it runs for every
-        sequence in every step."""
-        new_update, none = tuple.__new__, ()
-        updates: list[TokenUpdate] = []
-        for request, token_id, row in zip(requests, reader.token_ids, count()):
+        self, requests: list[Request], positions: Sequence[int], reader: ResultReader, now_s: float
+    ) -> dict[int, TokenUpdate | None]:
+        """As `_commit_chunk` for each decode, and the updates of those rows that gave more than a
+        token, or nothing. The usual case makes no call: it runs for every sequence in every step.
+        """
+        special: dict[int, TokenUpdate | None] = {}
+        for row, (request, token_id) in enumerate(zip(requests, reader.token_ids, strict=False)):
             output = request.output_token_ids
             if len(output) == request.num_plain_outputs or token_id in request.special_token_ids:
+                special[row] = None
                 if self._takes_result(request):
-                    updates.append(self._commit_token(request, chunks[row], reader, row, now_s))
+                    end = positions[row] + 1
+                    special[row] = self._commit_token(request, end, reader, row, now_s)
                 continue
             request.num_in_flight_steps -= 1
             request.last_token_s = now_s
             output.append(token_id)
-            fields = (request, (token_id,), none, none, None, None)
-            updates.append(new_update(TokenUpdate, fields))
-        return updates
+        return special
 
     def _commit_chunk(
         self, request: Request, chunk: Chunk, reader: ResultReader, row: int, now_s: float
@@ -277,26 +275,27 @@ class Scheduler:
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if targets:
             prompt_logprobs = read_prompt_logprobs(reader, request, chunk, row)
+        end = chunk.start + chunk.num_tokens
         if chunk.samples:
             row += len(targets)
-            return self._commit_token(request, chunk, reader, row, now_s, prompt_logprobs)
-        self._register_pages(request, chunk)
+            return self._commit_token(request, end, reader, row, now_s, prompt_logprobs)
+        self._register_pages(request, end)
         return TokenUpdate(request, (), (), prompt_logprobs, None) if targets else None
 
     def _commit_token(
         self,
         request: Request,
-        chunk: Chunk,
+        end: int,
         reader: ResultReader,
         row: int,
         now_s: float,
         prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> TokenUpdate:
-        """The token that `row`, the chunk's last, gave."""
+        """The token that `row`, the last of a chunk up to position `end`, gave."""
         token_id = reader.token_ids[row]
         if token_id == NO_TOKEN:
             return self._failed(request)
-        self._register_pages(request, chunk)
+        self._register_pages(request, end)
         request.output_token_ids.append(token_id)
         request.last_token_s = now_s
         num_top = request.sampling.logprobs
@@ -315,10 +314,10 @@ class Scheduler:
         self.finish(request.request_id, FinishReason.ERROR)
         return TokenUpdate(request, (), (), (), FinishReason.ERROR)
 
-    def _register_pages(self, request: Request, chunk: Chunk) -> None:
-        """Offers pages that this chunk completed to the prefix cache."""
+    def _register_pages(self, request: Request, end: int) -> None:
+        """Offers pages that a chunk up to position `end` completed to the prefix cache."""
         size = self._page_size
-        num_pages = (chunk.start + chunk.num_tokens) // size
+        num_pages = end // size
         if self.config.prefix_caching:
             generation = request.generation
             for index in range(request.num_registered_pages, num_pages):

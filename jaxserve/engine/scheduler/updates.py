@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
 from jaxserve.engine.plan import Chunk, StepResults
-from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
+from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, TokenUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class StepUpdates:
+    """What a committed step changed, in row order; nothing of requests that had finished before.
+
+    Nearly every decode gives a token and nothing else. Those stay in columns, and iterating makes
+    their updates: the loop does so when the device has its next step.
+    """
+
+    decoding: Sequence[Request]
+    """Owners of the first rows, which are decodes."""
+    token_ids: Sequence[int]
+    """What each row gave."""
+    special: Mapping[int, TokenUpdate | None]
+    """By row: decodes that gave more than a token (or nothing, for None)."""
+    prefilled: Sequence[TokenUpdate]
+    """Of prefill chunks."""
+
+    def __iter__(self) -> Iterator[TokenUpdate]:
+        special, new_update, none = self.special, tuple.__new__, ()
+        for row, (request, token_id) in enumerate(
+            zip(self.decoding, self.token_ids, strict=False)  # Prefills' rows come after.
+        ):
+            if row not in special:
+                fields = (request, (token_id,), none, none, None, None)
+                yield new_update(TokenUpdate, fields)
+            elif (update := special[row]) is not None:
+                yield update
+        yield from self.prefilled
 
 
 class ResultReader:

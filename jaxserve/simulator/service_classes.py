@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxserve.engine.request import ServiceObjective
 from jaxserve.engine.scheduler.budget import SlackBudget
+from jaxserve.simulator.capacity import highest_rate
 from jaxserve.simulator.experiment import Experiment, Workload
 from jaxserve.simulator.run import SimEngine, SimRequest, simulate
 from jaxserve.simulator.stopwatch import Stopwatch, Timing
@@ -22,7 +23,10 @@ from jaxserve.simulator.stopwatch import Stopwatch, Timing
 QUICK = ServiceObjective(ttft_s=6.0, tbt_s=0.05)
 SLOW = ServiceObjective(ttft_s=60.0, tbt_s=0.4)
 MIN_ATTAINMENT = 0.99
-_TOLERANCE = 0.02
+RATE_TOLERANCE = 0.02
+_GROWTH = 1.2
+"""Of the rate, from one that holds to one that does not. Small, since a rate that is far too high
+takes long to fail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,44 +71,36 @@ def slack_engine(experiment: Experiment, *, max_rows: int) -> SimEngine:
 
 
 def find_goodput(engine: SimEngine, workload: Workload, seed: int, *, start_qps: float) -> Goodput:
-    """Bisection to 2 % on the rate at which 99 % of each class are served well."""
-    best: Goodput | None = None
+    """The highest rate at which 99 % of each class are served well, to 2 %, by bisection."""
+    best = Goodput(0.0, 0.0, 0.0, 0.0)
 
-    def try_rate(qps: float) -> bool:
+    def holds(qps: float) -> bool:
         nonlocal best
-        requests = with_classes(workload.at(qps), seed)
-        run = simulate(engine, requests, give_up=_hopeless(len(requests)))
-        if not run.complete:
-            return False
-        by_class: dict[ServiceObjective, list[bool]] = {QUICK: [], SLOW: []}
-        for timing in run.timings:
-            objective = timing.request.generation.objective
-            assert objective is not None
-            by_class[objective].append(served_well(timing))
-        worst = min(float(np.mean(well)) for well in by_class.values())
-        attainment = float(np.mean([served_well(timing) for timing in run.timings]))
-        if worst < MIN_ATTAINMENT:
-            return False
-        tokens = sum(len(t.token_s) + t.request.num_prompt_tokens for t in run.timings)
-        best = Goodput(qps, attainment, worst, tokens / run.end_s)
-        return True
+        found = goodput_at(engine, workload, seed, qps)
+        best = found or best
+        return found is not None
 
-    low, high, qps = 0.0, 0.0, start_qps
-    while not (low and high):
-        if try_rate(qps):
-            low, qps = qps, 1.5 * qps
-        else:
-            high, qps = qps, qps / 1.5
-        if high and high < start_qps / 1000:
-            return Goodput(0.0, 0.0, 0.0, 0.0)
-    while high / low > 1 + _TOLERANCE:
-        middle = (low * high) ** 0.5
-        if try_rate(middle):
-            low = middle
-        else:
-            high = middle
-    assert best is not None
+    highest_rate(holds, start_qps=start_qps, tolerance=RATE_TOLERANCE, growth=_GROWTH)
     return best
+
+
+def goodput_at(engine: SimEngine, workload: Workload, seed: int, qps: float) -> Goodput | None:
+    """What comes out at that rate; None if fewer than 99 % of a class are served well."""
+    requests = with_classes(workload.at(qps), seed)
+    run = simulate(engine, requests, give_up=_hopeless(len(requests)))
+    if not run.complete:
+        return None
+    by_class: dict[ServiceObjective, list[bool]] = {QUICK: [], SLOW: []}
+    for timing in run.timings:
+        objective = timing.request.generation.objective
+        assert objective is not None
+        by_class[objective].append(served_well(timing))
+    worst = min(float(np.mean(well)) for well in by_class.values())
+    if worst < MIN_ATTAINMENT:
+        return None
+    attainment = float(np.mean([served_well(timing) for timing in run.timings]))
+    tokens = sum(len(t.token_s) + t.request.num_prompt_tokens for t in run.timings)
+    return Goodput(qps, attainment, worst, tokens / run.end_s)
 
 
 def _hopeless(num_requests: int) -> Callable[[Stopwatch], bool]:

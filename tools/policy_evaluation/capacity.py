@@ -63,7 +63,7 @@ def socket_capacity(rig: Rig, cells: Cells, *, num_requests: int = 32, seed: int
         raise ValueError(
             f"operating point {rig.point.name} has no model file to serve: leave out sl3"
         )
-    reference = cells.get("reference", partial(_reference, rig))
+    reference = cells.get("reference", partial(_reference, rig), is_basis=True)
     slo_s = 5 * reference["decode_s"]
     probes: dict[str, dict[int, SocketProbe]] = {"sarathi": {}, "vllm_v0": {}}
 

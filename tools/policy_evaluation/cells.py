@@ -46,10 +46,14 @@ class Cells:
     last_start_s: float = float("inf")
     _readings: list[Readings] = field(default_factory=list)
 
-    def get(self, key: str, measure: Measure) -> dict[str, Any]:
+    def get(self, key: str, measure: Measure, *, is_basis: bool = False) -> dict[str, Any]:
         """The figures of a cell: those that were kept, or measured now.
 
-        Raises UnfinishedError if it is too late to measure.
+        Args:
+            is_basis: other cells are measured by its figures. None that is kept may rest on
+                one that is not, so where cells are kept a void one ends the run.
+
+        Raises UnfinishedError if it is too late to measure, or for a void basis.
         """
         path = None if self.folder is None else self.folder / f"{self.part}.{key}.json"
         if path is not None and path.exists():
@@ -73,6 +77,8 @@ class Cells:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(record), "utf-8")
             partial.rename(path)
+        if reasons and is_basis and path is not None:
+            raise UnfinishedError(f"{self.part}: nothing can be measured by a void {key}")
         return figures
 
     def readings(self) -> Readings:

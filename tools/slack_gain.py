@@ -44,7 +44,7 @@ CASES: Mapping[str, SlackCase] = {
     for case in (
         SlackCase("azure_conv", 7.0, 1500),
         SlackCase("azure_code", 5.8, 1500),
-        SlackCase("sharegpt", 2.3, 1000),
+        SlackCase("sharegpt", 2.3, 600),
     )
 }
 

@@ -50,36 +50,41 @@ class Cells:
         """The figures of a cell: those that were kept, or measured now.
 
         Args:
-            is_basis: other cells are measured by its figures. None that is kept may rest on
-                one that is not, so where cells are kept a void one ends the run.
+            is_basis: other cells are measured by its figures, and none that is kept may rest
+                on one that is not. So where cells are kept, a void one is measured again.
 
-        Raises UnfinishedError if it is too late to measure, or for a void basis.
+        Raises UnfinishedError if it is too late to measure.
         """
         path = None if self.folder is None else self.folder / f"{self.part}.{key}.json"
         if path is not None and path.exists():
             kept = json.loads(path.read_text("utf-8"))
             self._readings.append(Readings(**kept["readings"]))
             return dict(kept["figures"])
-        if time.monotonic() > self.last_start_s:
-            raise UnfinishedError(f"{self.part}: {key} and what follows is not measured yet")
-        meter = NoiseMeter(self.rig)
-        meter.sample(_REPEATS, whole_repeats=0)
-        figures = measure(meter)
-        meter.sample(_REPEATS, whole_repeats=0)
-        readings = meter.readings()
+        while True:
+            if time.monotonic() > self.last_start_s:
+                raise UnfinishedError(f"{self.part}: {key} and what follows is not measured yet")
+            figures, readings = self._measured(measure)
+            reasons = [*readings.noise().void_reasons(), *figures.get(VOID, ())]
+            if reasons:
+                line = f"{self.part}.{key} is void: {'; '.join(reasons)}"
+                print(line, file=sys.stderr, flush=True)
+            if not (reasons and is_basis and path is not None):
+                break
         self._readings.append(readings)
-        reasons = [*readings.noise().void_reasons(), *figures.get(VOID, ())]
-        if reasons:
-            print(f"{self.part}.{key} is void: {'; '.join(reasons)}", file=sys.stderr, flush=True)
-        elif path is not None:
+        if path is not None and not reasons:
             path.parent.mkdir(parents=True, exist_ok=True)
             record = {"figures": figures, "readings": asdict(readings)}
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(record), "utf-8")
             partial.rename(path)
-        if reasons and is_basis and path is not None:
-            raise UnfinishedError(f"{self.part}: nothing can be measured by a void {key}")
         return figures
+
+    def _measured(self, measure: Measure) -> tuple[dict[str, Any], Readings]:
+        meter = NoiseMeter(self.rig)
+        meter.sample(_REPEATS, whole_repeats=0)
+        figures = measure(meter)
+        meter.sample(_REPEATS, whole_repeats=0)
+        return figures, meter.readings()
 
     def readings(self) -> Readings:
         """Of all cells asked for so far."""

@@ -194,14 +194,16 @@ class Client:
             return False
         return bool(response.outcome == inference_pb2.ABORT_OUTCOME_ABORTED)
 
-    def server_info(self) -> control_pb2.GetServerInfoResponse:
-        return self._unary(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
+    def server_info(self, timeout_s: float | None = None) -> control_pb2.GetServerInfoResponse:
+        return self._unary(
+            self._control.GetServerInfo, control_pb2.GetServerInfoRequest(), timeout_s
+        )
 
-    def model_info(self) -> control_pb2.GetModelInfoResponse:
-        return self._unary(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())
+    def model_info(self, timeout_s: float | None = None) -> control_pb2.GetModelInfoResponse:
+        return self._unary(self._control.GetModelInfo, control_pb2.GetModelInfoRequest(), timeout_s)
 
-    def load(self) -> control_pb2.GetLoadResponse:
-        return self._unary(self._control.GetLoad, control_pb2.GetLoadRequest())
+    def load(self, timeout_s: float | None = None) -> control_pb2.GetLoadResponse:
+        return self._unary(self._control.GetLoad, control_pb2.GetLoadRequest(), timeout_s)
 
     def is_serving(self) -> bool:
         """Whether the health service says SERVING; False when nothing answers."""

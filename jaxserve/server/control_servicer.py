@@ -6,10 +6,11 @@ import jaxserve
 from jaxserve.proto.v1 import control_pb2 as pb
 from jaxserve.proto.v1 import control_pb2_grpc
 from jaxserve.server import convert
+from jaxserve.server.load import load_of
 from jaxserve.server.state import Phase, ServerState
 from jaxserve.server.status import Context, end_with_status
 
-SCHEMA_REVISION = 4
+SCHEMA_REVISION = 5
 
 _STATES = {
     Phase.STARTING: pb.SERVER_STATE_STARTING,
@@ -72,18 +73,6 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     ) -> pb.GetLoadResponse:
         try:
             convert.refuse_unknown_fields(request)
-            load = self._state.require_serving().engine.snapshot()
-            return pb.GetLoadResponse(
-                num_running=load.num_running,
-                num_waiting=load.num_waiting,
-                num_waiting_tokens=load.num_waiting_tokens,
-                num_pages_free=load.num_pages_free,
-                num_pages_cached=load.num_pages_cached,
-                num_pages_total=load.num_pages_total,
-                num_preemptions=load.num_preemptions,
-                num_steps=load.num_steps,
-                last_step_age_s=load.last_step_age_s,
-                num_compiles_after_ready=load.compiles_after_ready,
-            )
+            return pb.GetLoadResponse(**load_of(self._state))
         except Exception as error:
             await end_with_status(context, error)

@@ -3,7 +3,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -86,7 +86,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_pages_free", "num_pages_cached", "num_pages_total", "num_preemptions", "num_steps", "last_step_age_s", "num_compiles_after_ready")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_pages_free", "num_pages_cached", "num_pages_total", "num_preemptions", "num_steps", "last_step_age_s", "num_compiles_after_ready", "num_startup_compiles", "oldest_waiting_s", "num_prompt_tokens", "num_generation_tokens", "num_finished", "num_refused", "num_step_rows", "num_step_tokens", "prefix_cache_queries", "prefix_cache_hits", "step_s", "ttft_s", "itl_s", "queue_s")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,20 @@ class GetLoadResponse(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPILES_AFTER_READY_FIELD_NUMBER: _ClassVar[int]
+    NUM_STARTUP_COMPILES_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_WAITING_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEP_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ITL_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -107,4 +121,28 @@ class GetLoadResponse(_message.Message):
     num_steps: int
     last_step_age_s: float
     num_compiles_after_ready: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., last_step_age_s: _Optional[float] = ..., num_compiles_after_ready: _Optional[int] = ...) -> None: ...
+    num_startup_compiles: int
+    oldest_waiting_s: float
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    num_finished: int
+    num_refused: int
+    num_step_rows: int
+    num_step_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    step_s: Histogram
+    ttft_s: Histogram
+    itl_s: Histogram
+    queue_s: Histogram
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., last_step_age_s: _Optional[float] = ..., num_compiles_after_ready: _Optional[int] = ..., num_startup_compiles: _Optional[int] = ..., oldest_waiting_s: _Optional[float] = ..., num_prompt_tokens: _Optional[int] = ..., num_generation_tokens: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_refused: _Optional[int] = ..., num_step_rows: _Optional[int] = ..., num_step_tokens: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., step_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., itl_s: _Optional[_Union[Histogram, _Mapping]] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("upper_bounds", "counts", "sum")
+    UPPER_BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    upper_bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, upper_bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...

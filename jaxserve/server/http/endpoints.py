@@ -137,6 +137,14 @@ ENDPOINTS = (
     ),
     Endpoint(
         "GET",
+        "/v1/load",
+        "How busy the server is",
+        information.load,
+        replies.LoadReport,
+        access=Access.METRICS,
+    ),
+    Endpoint(
+        "GET",
         "/health",
         "200 unless the engine is stuck",
         information.health,

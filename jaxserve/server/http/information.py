@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import jaxserve
 from jaxserve.server.engine_collector import EngineCollector
 from jaxserve.server.http.errors import HttpRefusal
-from jaxserve.server.http.replies import Model, Models, Version
+from jaxserve.server.http.replies import LoadReport, Model, Models, Version
 from jaxserve.server.http.service import HttpService
+from jaxserve.server.load import load_of
 from jaxserve.server.state import Phase, Serving
 from jaxserve.server.tenant_collector import TenantCollector
 
@@ -47,6 +48,21 @@ def _model(service: HttpService, serving: Serving) -> Model:
 async def version(_service: HttpService, _: Request) -> Response:
     reply: Version = {"version": jaxserve.__version__}
     return JSONResponse(reply)
+
+
+async def load(service: HttpService, _: Request) -> Response:
+    state = service.state
+    card = state.require_serving().card
+    reply: LoadReport = {
+        "state": state.phase.value,
+        "uptime_s": state.uptime_s,
+        "version": jaxserve.__version__,
+        "model": card.name,
+        "family": card.family,
+        "max_num_seqs": card.max_num_seqs,
+        "load": load_of(state),
+    }
+    return JSONResponse(reply, headers={"cache-control": "no-store"})
 
 
 async def health(service: HttpService, _: Request) -> Response:

@@ -1,6 +1,6 @@
 """What the server sends: the shapes of OpenAI's replies, which are also those of /openapi.json.
 
-Fields beyond OpenAI's: `stop_reason`, `token_ids`, `max_model_len`.
+Beyond OpenAI's: `LoadReport`, and the fields `stop_reason`, `token_ids`, `max_model_len`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from jaxserve.engine.request import RequestOutput
+from jaxserve.server.load import Load
 
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -212,6 +213,17 @@ class Models(TypedDict):
 
 class Version(TypedDict):
     version: str
+
+
+class LoadReport(TypedDict):
+    state: Literal["starting", "ready", "degraded", "draining"]
+    uptime_s: float
+    version: str
+    model: str
+    family: str
+    max_num_seqs: int
+    """Requests that can run at once."""
+    load: Load
 
 
 class ErrorDetail(TypedDict):

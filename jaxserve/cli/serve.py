@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from jaxserve.cli.access_options import (
 )
 from jaxserve.cli.engine_options import with_engine_options
 from jaxserve.cli.group_options import GroupOptions
+from jaxserve.cli.log_format import LogFormat, start_log
 from jaxserve.cli.serve_group import (
     LeaderSeat,
     check_follower_options,
@@ -51,6 +51,7 @@ app = typer.Typer(add_completion=False)
 
 _SERVER = "Server"
 _GROUP = "Several processes"
+_OBSERVABILITY = "What can be seen"
 
 
 @app.command()
@@ -157,6 +158,30 @@ def serve(
             rich_help_panel=_GROUP,
         ),
     ] = DEFAULT_FOLLOWER_TIMEOUT_S,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Send a trace of each request to this OpenTelemetry collector, by OTLP over HTTP "
+            "(docs/observability.md); needs jaxserve[otel].",
+            metavar="URL",
+            rich_help_panel=_OBSERVABILITY,
+        ),
+    ] = None,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            help="Of the log on stderr: text, or json for one object a line.",
+            rich_help_panel=_OBSERVABILITY,
+        ),
+    ] = LogFormat.TEXT,
+    no_web_page: Annotated[
+        bool,
+        typer.Option(
+            "--no-web-page",
+            help="Leave the page at / of the HTTP port out.",
+            rich_help_panel=_OBSERVABILITY,
+        ),
+    ] = False,
     reflection: Annotated[
         bool,
         typer.Option(
@@ -195,13 +220,15 @@ def serve(
     from jaxserve.server.config import LOOPBACK_HOSTS, ServerConfig
     from jaxserve.server.pacing import Pacing
 
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    start_log(log_format)
     server_config = ServerConfig(
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,
         allowed_hosts=tuple(allowed_host or ()),
         tool_call_parser=tool_call_parser,
+        otlp_endpoint=otlp_endpoint,
+        web_page=not no_web_page,
         reflection=reflection,
         drain_timeout_s=drain_timeout_s,
         api_keys_file=api_keys_file,

@@ -30,6 +30,14 @@ class Meter(Protocol):
     def note(self, request: GenerationRequest, output: RequestOutput) -> None: ...
 
 
+class Observer(Protocol):
+    """Told of requests on the event loop."""
+
+    def ended(self, request: Request, output: RequestOutput) -> None:
+        """`output` was the request's last. Must not raise."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Stream:
     """What has come in for one request and has not been read."""
@@ -82,6 +90,7 @@ class AsyncEngine:
         self._max_backlog_tokens = max_backlog_tokens
         self._is_lost = False
         self._meter: Meter | None = None
+        self._observer: Observer | None = None
         self._streams: dict[str, _Stream] = {}
         """A stream stays until its last output is in, even if nobody reads it:
         else a new request of that id would get the old one's outputs."""
@@ -90,10 +99,28 @@ class AsyncEngine:
         """From now on `meter` is asked before each request and told of each output."""
         self._meter = meter
 
+    def observe_with(self, observer: Observer) -> None:
+        """From now on `observer` is told of each request's end."""
+        self._observer = observer
+
     @property
     def num_streams(self) -> int:
         """Requests whose last output has not come in yet."""
         return len(self._streams)
+
+    def oldest_waiting_s(self, now_s: float) -> float:
+        """How long the request has waited that no step has taken yet and that came first; 0
+        without one.
+
+        Args:
+            now_s: on the engine's clock.
+        """
+        waiting = (
+            stream.request.arrival_s
+            for stream in self._streams.values()
+            if stream.request.first_scheduled_s is None
+        )
+        return max(0.0, now_s - min(waiting, default=now_s))
 
     def has(self, request_id: str) -> bool:
         """Whether the last output of a request of this id has not come in yet."""
@@ -223,6 +250,8 @@ class AsyncEngine:
                 self._meter.note(stream.request.generation, output)
             if output.finish_reason is not None:
                 del self._streams[output.request_id]
+                if self._observer is not None:
+                    self._observer.ended(stream.request, output)
             stream.put(output)
             unread = output.finish_reason is None and stream.num_tokens > self._max_backlog_tokens
             if unread and not stream.too_slow:

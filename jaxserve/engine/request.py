@@ -73,6 +73,8 @@ class GenerationRequest:
     objective: ServiceObjective | None = None
     """For policies and budgets that follow deadlines."""
     account: Account = NOBODY
+    trace_parent: str = ""
+    """W3C trace context of the client's span, as it was sent; empty without."""
     grammar: Grammar | None = None
     """Of `sampling.constraint`, from who has waited for it; else the engine compiles it when the
     request is added."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.server.pacing import IMMEDIATE, Pacing
@@ -36,6 +37,10 @@ class ServerConfig:
     """Of both ports. None: nothing is encrypted."""
     pacing: Pacing = IMMEDIATE
     """Of all streams; a request can only ask for a coarser one."""
+    otlp_endpoint: str | None = None
+    """URL of a collector of traces. None: there are none."""
+    web_page: bool = True
+    """A chat and charts of the load at `/`."""
     reflection: bool = False
     """Let clients such as grpcurl list the methods."""
     drain_timeout_s: float = 30.0
@@ -77,6 +82,11 @@ class ServerConfig:
                 f"--tool-call-parser must be one of {', '.join(FORMATS)}, not "
                 f"{self.tool_call_parser!r}"
             )
+        if self.otlp_endpoint is not None and not _is_http_url(self.otlp_endpoint):
+            raise ConfigError(
+                "--otlp-endpoint must be a URL such as http://127.0.0.1:4318, not "
+                f"{self.otlp_endpoint!r}"
+            )
         if not self.host:
             raise ConfigError("--host must be an address, e.g. 127.0.0.1")
         try:
@@ -96,6 +106,14 @@ class ServerConfig:
         return self.api_keys_file is not None or (
             self.tls is not None and self.tls.client_ca is not None
         )
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False
 
 
 def _pacing_flag(field: str) -> str:

@@ -19,7 +19,7 @@ from jaxserve.server.access.door import Door
 from jaxserve.server.access.grpc_access import authorize
 from jaxserve.server.access.tenant import Tenant
 from jaxserve.server.grammars import grammar_of
-from jaxserve.server.metadata import REQUEST_ID_KEY
+from jaxserve.server.metadata import REQUEST_ID_KEY, TRACE_PARENT_KEY
 from jaxserve.server.pacing import IMMEDIATE, Pacing, paced
 from jaxserve.server.prompt_limits import check_request_id
 from jaxserve.server.ranked_labels import ranked_labels
@@ -52,7 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             tenant = self._tenant("Generate", context)
             pacing = convert.pacing(request, self._pacing)
             generation = await self._accept(request, serving, request_id, context)
-            generation = self._door.claims.claim(tenant, generation)
+            generation = self._door.claims.claim(tenant, generation, _trace_parent(context))
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
             await self._stream(generation, request_id, pacing, serving, context)
         except InvalidRequest as error:
@@ -178,6 +178,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             self._door.claims.claim(
                 tenant,
                 GenerationRequest(f"{request_id}-{index}", text.token_ids, deadline_s=deadline_s),
+                _trace_parent(context),
             )
             for index, text in enumerate(texts)
         ]
@@ -272,11 +273,20 @@ def _request_id(request: pb.GenerateRequest, context: Context) -> str:
     """The field, else the metadata, else a new one. Raises InvalidRequest."""
     if request.HasField("request_id"):
         return check_request_id(request.request_id)
+    given = _metadata(context, REQUEST_ID_KEY)
+    return uuid.uuid4().hex if given is None else check_request_id(given, REQUEST_ID_KEY)
+
+
+def _trace_parent(context: Context) -> str:
+    return _metadata(context, TRACE_PARENT_KEY) or ""
+
+
+def _metadata(context: Context, wanted: str) -> str | None:
+    """The first value of this key that the client sent."""
     for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY:
-            text = value.decode("latin-1") if isinstance(value, bytes) else value
-            return check_request_id(text, REQUEST_ID_KEY)
-    return uuid.uuid4().hex
+        if key == wanted:
+            return value.decode("latin-1") if isinstance(value, bytes) else value
+    return None
 
 
 def _in_client_words(

@@ -26,6 +26,7 @@ from jaxserve.server.http.http_server import HttpServer
 from jaxserve.server.prompt_limits import PromptLimits
 from jaxserve.server.state import ModelCard, ServerState, Serving
 from jaxserve.server.tls import TlsKeeper
+from jaxserve.server.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from jaxserve.engine.encoder.startup import RunningEncoder
@@ -52,7 +53,8 @@ class Server:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        """Raises ConfigError if the files of keys or certificates cannot be used."""
+        """Raises ConfigError if the files of keys or certificates cannot be used, or traces are
+        asked for and their packages are not there."""
         self.state = ServerState(degraded_after_s=config.degraded_after_s)
         self.grpc_port = 0
         self.http_port = 0
@@ -60,6 +62,11 @@ class Server:
         self._ring = KeyRing(config.api_keys_file)
         self._door = Door.of(self._ring, self.state)
         self._tls = None if config.tls is None else TlsKeeper(config.tls)
+        self._tracer: RequestTracer | None = None
+        if config.otlp_endpoint is not None:
+            # The state's clock is looked up each time, since it can be exchanged.
+            clock = lambda: self.state.clock()  # noqa: E731, PLW0108
+            self._tracer = RequestTracer(config.otlp_endpoint, clock)
         self._health = HealthReporter(self.state)
         self._workers = ThreadPoolExecutor(NUM_TOKENIZER_THREADS, "jaxserve-tokenize")
         self._cleanup = contextlib.AsyncExitStack()
@@ -97,6 +104,9 @@ class Server:
     async def become_ready(self, serving: Serving) -> None:
         """Raises ConfigError if the engine cannot keep what the keys file promises."""
         self._door.open_to(serving)
+        if self._tracer is not None:
+            self._tracer.name_model(serving.card.name)
+            serving.async_engine.observe_with(self._tracer)
         self.state.serving = serving
         await self._health.refresh()
 
@@ -134,9 +144,13 @@ class Server:
         """
         self.state.draining = True
         await self._cleanup.aclose()
-        if self.state.serving is None:
-            return True
-        return await asyncio.to_thread(self.state.serving.engine.stop)
+        stopped = True
+        if self.state.serving is not None:
+            stopped = await asyncio.to_thread(self.state.serving.engine.stop)
+        tracer, self._tracer = self._tracer, None
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
+        return stopped
 
 
 def serving_of(running: Running) -> Serving:

@@ -21,6 +21,7 @@ from jaxserve.server.access.key_file import key_digest, new_key, read_key_file
 from jaxserve.server.access.policy import GRPC_ACCESS
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.http.endpoints import ENDPOINTS
+from jaxserve.server.http.web_page import page_routes
 from tests.security.keys import KEYS, bearer, client_of, keyed_service, replace_file, write_keys
 from tests.server.http.raw_http import ask, post
 from tests.server.scripted_service import wait_for
@@ -37,7 +38,8 @@ METHODS = [
     for method in service.methods
 ]
 HEALTH_METHODS = {name for name, _ in METHODS if "grpc.health" in name}
-OPEN_PATHS = {"/health", "/health/ready"}
+PAGE_PATHS = {route.path for route in page_routes()}
+OPEN_PATHS = {"/health", "/health/ready"} | PAGE_PATHS
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,8 @@ def test_a_method_that_is_not_there_asks_for_a_key_too(service):
 
 def test_every_path_but_health_asks_for_a_key(service):
     paths = {endpoint.path.replace("{model}", "script") for endpoint in ENDPOINTS}
-    paths |= {"/openapi.json", "/", "/nowhere", "/health/", "/health/../metrics", "//health"}
+    paths |= {"/openapi.json", "/nowhere", "/health/", "/health/../metrics", "//health"}
+    paths |= PAGE_PATHS | {"/page", "/page/", "/page/key.py", "/page/../metrics", "/page//chat.js"}
     for path in paths:
         for method in ("GET", "POST", "DELETE", "OPTIONS", "PUT"):
             status, headers, _ = ask(service, method, path)
@@ -130,9 +133,17 @@ def test_every_path_but_health_asks_for_a_key(service):
             assert ask(service, "GET", path, headers=bearer("alpha"))[0] != 401
 
 
+def test_the_page_tells_nothing_of_its_server(service, make_service):
+    other = make_service()
+    for path in PAGE_PATHS:
+        assert ask(service, "GET", path)[2] == ask(other, "GET", path)[2]
+
+
 def test_roles_divide_what_keys_are_good_for(service):
     assert ask(service, "GET", "/metrics", headers=bearer("alpha"))[0] == 403
     assert ask(service, "GET", "/metrics", headers=bearer("watcher"))[0] == 200
+    assert ask(service, "GET", "/v1/load", headers=bearer("alpha"))[0] == 403
+    assert ask(service, "GET", "/v1/load", headers=bearer("watcher"))[0] == 200
     body = {"prompt": "x", "max_tokens": 2}
     assert post(service, "/v1/completions", body, bearer("watcher"))[0] == 403
     assert post(service, "/v1/completions", body, bearer("alpha"))[0] == 200

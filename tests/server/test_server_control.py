@@ -224,7 +224,7 @@ def test_live_and_ready_are_two_questions(make_service):
     service.make_ready()
     assert _get(service, "/health") == (200, "ready\n")
     assert _get(service, "/health/ready") == (200, "ready\n")
-    assert _get(service, "/")[0] == 404
+    assert _get(service, "/nowhere")[0] == 404
     assert _get(service, "/metrics/../health")[0] == 404
     assert _get(service, "/metrics", method="POST")[0] == 405
 

@@ -20,19 +20,22 @@ class Claims:
     )
     """Nobody can make another tenant's salt without it. New with each start, as the cache is."""
 
-    def claim(self, tenant: Tenant, request: GenerationRequest) -> GenerationRequest:
+    def claim(
+        self, tenant: Tenant, request: GenerationRequest, trace_parent: str = ""
+    ) -> GenerationRequest:
         """The request with the tenant's name in its id, so that no other tenant's id is ever the
         same, with the tenant's salt, its class and its share.
 
-        A request of a server that lets anyone in stays as it is.
+        A request of a server that lets anyone in stays as it is, but for `trace_parent`.
         """
         if not tenant.name:
-            return request
+            return replace(request, trace_parent=trace_parent) if trace_parent else request
         return replace(
             request,
             request_id=scoped_id(tenant, request.request_id),
             cache_salt=self._salt(tenant.cache_owner, request.cache_salt),
             priority=tenant.priority,
+            trace_parent=trace_parent,
             account=Account(tenant.name, tenant.weight, tenant.cache_owner),
         )
 

@@ -18,16 +18,24 @@ from jaxserve.server.http.endpoints import ENDPOINTS
 from jaxserve.server.http.errors import HttpRefusal, reply_to
 from jaxserve.server.http.openapi import openapi
 from jaxserve.server.http.service import HttpService
+from jaxserve.server.http.web_page import page_routes
 
 _log = logging.getLogger(__name__)
 
 
-def make_app(service: HttpService, *, max_head_bytes: int, hosts: frozenset[str] | None) -> ASGIApp:
+def make_app(
+    service: HttpService,
+    *,
+    max_head_bytes: int,
+    hosts: frozenset[str] | None,
+    with_page: bool = True,
+) -> ASGIApp:
     """The ASGI application. It sends no CORS headers, so pages of other sites cannot read it.
 
     Args:
         max_head_bytes: most bytes of a request's path and headers.
         hosts: names that the Host header may have; None allows any.
+        with_page: the web page is there.
     """
     routes = [
         Route(
@@ -43,9 +51,11 @@ def make_app(service: HttpService, *, max_head_bytes: int, hosts: frozenset[str]
     ]
     described = service.answering(partial(openapi, service), access=Access.ANY_KEY)
     routes.append(Route("/openapi.json", described, methods=["GET"]))
-    app = Starlette(routes=routes, exception_handlers={404: _nowhere, 405: _nowhere})
+    page = page_routes() if with_page else []
+    app = Starlette(routes=[*routes, *page], exception_handlers={404: _nowhere, 405: _nowhere})
     app.router.redirect_slashes = False
-    return _Gate(app, service, max_head_bytes, hosts)
+    open_paths = _OPEN_PATHS | {route.path for route in page}
+    return _Gate(app, service, max_head_bytes, hosts, open_paths)
 
 
 def _nowhere(_: Request, error: Exception) -> Response:
@@ -69,15 +79,17 @@ class _Gate:
         service: HttpService,
         max_head_bytes: int,
         hosts: frozenset[str] | None,
+        open_paths: frozenset[str],
     ) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._service = service
         self._max_head_bytes = max_head_bytes
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal: JaxserveError | None = self._refusal(scope)
-        if refusal is None and scope["path"] not in _OPEN_PATHS:
+        if refusal is None and scope["path"] not in self._open_paths:
             try:
                 self._service.tenant(scope, Access.ANY_KEY)
             except Unauthenticated as error:

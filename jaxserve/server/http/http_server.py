@@ -50,7 +50,10 @@ class HttpServer:
         )
         self._tls = tls
         app = make_app(
-            service, max_head_bytes=config.max_metadata_bytes, hosts=_allowed_hosts(config)
+            service,
+            max_head_bytes=config.max_metadata_bytes,
+            hosts=_allowed_hosts(config),
+            with_page=config.web_page,
         )
         self._config = config
         self._uvicorn = uvicorn.Config(

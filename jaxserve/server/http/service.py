@@ -21,7 +21,7 @@ from jaxserve.server.access.tenant import Tenant
 from jaxserve.server.http.body import read_body
 from jaxserve.server.http.errors import HttpRefusal, reply_to
 from jaxserve.server.http.schema import Body, ModelField
-from jaxserve.server.metadata import REQUEST_ID_KEY
+from jaxserve.server.metadata import REQUEST_ID_KEY, TRACE_PARENT_KEY
 from jaxserve.server.pacing import IMMEDIATE, Pacing
 from jaxserve.server.prompt_limits import check_request_id
 from jaxserve.server.state import ServerState, Serving
@@ -63,7 +63,8 @@ class HttpService:
 
     def claim(self, request: Request, generation: GenerationRequest) -> GenerationRequest:
         """What an HTTP request asks of the engine, as its tenant's."""
-        return self.door.claims.claim(request.state.tenant, generation)
+        trace_parent = request.headers.get(TRACE_PARENT_KEY, "")
+        return self.door.claims.claim(request.state.tenant, generation, trace_parent)
 
     def accepting(self, body: ModelField) -> Serving:
         """Raises NotAccepting, or HttpRefusal if the body names another model."""

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 SUMMARIES = {
     "serve": "Serve a model over gRPC.",
     "keys": "Make API keys for a server.",
+    "top": "Watch a running server, live in this terminal.",
     "chat": "Talk with a model, in this terminal.",
     "generate": "Complete a prompt, or a file of prompts, without a server.",
     "embed": "Turn texts into vectors, without a server.",
     "classify": "Give texts labels, and measure a run of extreme classification.",
     "bench": "Measure throughput and latency on this machine.",
+    "eval": "Measure how often a model is right, on tasks with known answers.",
     "data": "Prepare training data, and look into it.",
     "train": "Train a model: stopped, killed, moved or resized, it goes on with the same bits.",
     "simulate": "Try schedulers on published models and workloads, in virtual time.",

@@ -1,0 +1,1 @@
+"""Accuracy of a served model on small tasks: `jaxserve eval`."""

@@ -55,6 +55,13 @@ NUM_CONTEXT = 2048
 """Of the engines, see `greedy_peer.py`."""
 TINY_PROMPTS, TINY_PROMPT_TOKENS, TINY_TOKENS = 4, 12, 32
 F32 = ("--quantization", "F32")
+EXPORTS = {
+    "hf": "transformers",
+    "f16.gguf": "llamacpp",
+    "q8_0.gguf": "llamacpp",
+    "q8_0_as_f32.gguf": "llamacpp",
+}
+"""Of a real model, and the engine that loads each."""
 SIZES = (64, 128, 896)
 """Padded lengths, so that few programs serve all prompts."""
 
@@ -187,8 +194,10 @@ def _set_context(config: Path) -> None:
         config.write_text(json.dumps(fields | {"max_position_embeddings": NUM_CONTEXT}))
 
 
-def compare_model(peer_python: Path, name: str, num_prompts: int, folder: Path) -> list[Comparison]:
-    """A real model's exports in both engines."""
+def compare_model(
+    peer_python: Path, name: str, num_prompts: int, exports: list[str], folder: Path
+) -> list[Comparison]:
+    """A real model's exports, each in its engine."""
     goldens = json.loads(GOLDENS[name].read_text())
     prompts = goldens["prompts"][:num_prompts]
     asked = {
@@ -202,11 +211,10 @@ def compare_model(peer_python: Path, name: str, num_prompts: int, folder: Path) 
     convert(ours, folder / "q8_0.gguf", "--to", "gguf", "--quantization", "Q8_0")
     # The very weights of the Q8_0 file, in a form that llama.cpp does not round inputs for.
     convert(folder / "q8_0.gguf", folder / "q8_0_as_f32.gguf", "--to", "gguf", *F32)
-    engines = {"hf": "transformers"}
     return [
         compare(engine, folder / export, prompts, ask(peer_python, engine, folder / export, asked))
-        for export in ("hf", "f16.gguf", "q8_0.gguf", "q8_0_as_f32.gguf")
-        for engine in (engines.get(export, "llamacpp"),)
+        for export, engine in EXPORTS.items()
+        if export in exports
     ]
 
 
@@ -216,6 +224,7 @@ def main() -> None:
     parser.add_argument("--model", default=EngineConfig().model, choices=sorted(GOLDENS))
     parser.add_argument("--peer-python", type=Path, required=True, help="of the engines' venv")
     parser.add_argument("--num-prompts", type=int, default=15)
+    parser.add_argument("--exports", nargs="+", choices=EXPORTS, default=list(EXPORTS))
     variants = sorted(path.name for path in TINY.iterdir() if path.is_dir())
     parser.add_argument(
         "--tiny", nargs="*", metavar="VARIANT", help="tiny models instead, all or those named"
@@ -224,7 +233,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compare-exports-") as scratch:
         if args.tiny is None:
-            results = compare_model(args.peer_python, args.model, args.num_prompts, Path(scratch))
+            results = compare_model(
+                *(args.peer_python, args.model, args.num_prompts, args.exports, Path(scratch))
+            )
         else:
             results = compare_tiny(args.peer_python, args.tiny or variants, Path(scratch))
     if args.json:

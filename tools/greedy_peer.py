@@ -50,7 +50,7 @@ def with_llama_cpp(file: str, prompts: list[list[int]], num_tokens: int) -> list
     params.model.path = file
     params.n_ctx = 2048
     params.n_parallel = 1
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = 1  # Two wait for each other at every product.
     server = xllamacpp.Server(params)
     outputs = []
     for prompt in prompts:

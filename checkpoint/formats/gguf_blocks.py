@@ -1,7 +1,7 @@
 """GGUF's quantised blocks to float32 and back, in bounded memory.
 
-The arithmetic is the `gguf` package's own; for Q8_0, which most exports are, it is done here to the
-same bits in a third of the time.
+The arithmetic is the `gguf` package's own, except for Q8_0, which most exports are: see
+`gguf_q8_0.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
+from checkpoint.formats.gguf_q8_0 import NotFinite, Q8Encoder
+
 PLAIN_DTYPES: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
     GGMLQuantizationType.F16: np.dtype("<f2"),
@@ -26,7 +28,6 @@ ELEMENTS_AT_A_TIME = 1 << 20
 """Blocks are coded for this many elements at a time, so that temporaries stay small."""
 CACHED_ELEMENTS = 1 << 16
 """So few that the temporaries stay in the processor's cache."""
-Q8_ELEMENTS, SCALE_BYTES = 32, 2
 
 
 def row_bytes(num_elements: int, kind: GGMLQuantizationType) -> int:
@@ -47,33 +48,21 @@ def decode_rows(
     return out
 
 
-def encode_rows(values: npt.NDArray[Any], kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
-    """`[rows, elements]` of any floating dtype to `uint8[rows, bytes]`."""
-    rows = values.reshape(-1, values.shape[-1])
-    out = np.empty((rows.shape[0], row_bytes(rows.shape[1], kind)), np.uint8)
-    is_q8 = kind is GGMLQuantizationType.Q8_0
-    step = max(1, (CACHED_ELEMENTS if is_q8 else ELEMENTS_AT_A_TIME) // rows.shape[1])
-    for start in range(0, rows.shape[0], step):
-        block = np.ascontiguousarray(rows[start : start + step], np.float32)
-        if is_q8:
-            _encode_q8_0(block.reshape(-1, Q8_ELEMENTS), out[start : start + step])
-        else:
-            out[start : start + step] = quantize(block, kind)
-    return out
-
-
-def _encode_q8_0(blocks: npt.NDArray[np.float32], out: npt.NDArray[np.uint8]) -> None:
-    """`float32[N, 32]` to N times a float16 scale and 32 bytes, rounded half away from zero."""
-    scaled = np.abs(blocks)
-    # Of numbers that are not negative the bits are in the numbers' order, and integers' are faster.
-    largest = scaled.view(np.int32).max(axis=1, keepdims=True).view(np.float32)
-    scale = largest / np.float32(127)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        np.multiply(blocks, np.where(scale == 0, np.float32(0), 1 / scale), out=scaled)
-        whole = np.trunc(scaled)
-        np.subtract(scaled, whole, out=scaled)
-        np.add(scaled, scaled, out=scaled)
-        np.add(whole, np.trunc(scaled, out=scaled), out=scaled)
-        stored = out.reshape(len(blocks), -1)
-        stored[:, :SCALE_BYTES] = scale.astype(np.float16).view(np.uint8)
-        stored[:, SCALE_BYTES:] = scaled.astype(np.int8).view(np.uint8)
+def encode_rows(
+    values: npt.NDArray[Any], kind: GGMLQuantizationType, out: npt.NDArray[np.uint8]
+) -> None:
+    """`[rows, elements]` of any floating dtype to `uint8[rows, bytes]`. Raises NotFinite."""
+    row_elements = values.shape[-1]
+    if kind is GGMLQuantizationType.Q8_0:
+        step = max(1, CACHED_ELEMENTS // row_elements)
+        encoder = Q8Encoder(min(step, len(values)) * row_elements)
+        for start in range(0, len(values), step):
+            block = np.ascontiguousarray(values[start : start + step], np.float32)
+            encoder.encode(block.reshape(-1), out[start : start + step].reshape(-1))
+        return
+    step = max(1, ELEMENTS_AT_A_TIME // row_elements)
+    for start in range(0, len(values), step):
+        block = np.ascontiguousarray(values[start : start + step], np.float32)
+        if not np.isfinite(block).all():
+            raise NotFinite("there is NaN or infinity among the values")
+        out[start : start + step] = quantize(block, kind)

@@ -9,9 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpoint.formats.gguf_blocks import ELEMENTS_AT_A_TIME, encode_rows
+from checkpoint.formats.gguf_q8_0 import NotFinite
 from checkpoint.migrate.errors import MigrationError
 from checkpoint.migrate.parts import PartSource
-from checkpoint.migrate.plan import PlannedPart, Window, block_rows, is_copied, num_rows
+from checkpoint.migrate.plan import (
+    PlannedArray,
+    PlannedPart,
+    Window,
+    block_rows,
+    is_copied,
+    num_rows,
+)
 from checkpoint.migrate.tiles import copy_tiled
 from checkpoint.name_table import Transform
 from checkpoint.store.direct_file import Bytes
@@ -33,8 +41,7 @@ def compute_window(window: Window, source: PartSource, buffer: Bytes) -> Array:
     """
     array, part = window.array, window.part
     if array.quantization is not None:
-        values = _finite(_transformed(window, source), array.name)
-        buffer[:] = encode_rows(values, array.quantization).reshape(-1)
+        _encode_into(buffer, _transformed(window, source), array)
         return buffer
     shape = (window.stop - window.start, *part.shape[1:]) if part.shape else ()
     out = buffer.view(DTYPES[array.dtype]).reshape(shape)
@@ -128,10 +135,15 @@ def _cast_into(out: Array, values: Array, name: str) -> None:
             )
 
 
-def _finite(values: Array, name: str) -> Array:
-    if not np.isfinite(_largest(values)):
-        raise MigrationError(f"{name} holds NaN or infinity, which cannot be quantised")
-    return values
+def _encode_into(buffer: Bytes, values: Array, array: PlannedArray) -> None:
+    assert array.quantization is not None
+    rows = values.reshape(-1, values.shape[-1])
+    try:
+        encode_rows(rows, array.quantization, buffer.reshape(len(rows), -1))
+    except NotFinite as error:
+        raise MigrationError(
+            f"{array.name} holds NaN or infinity, which cannot be quantised"
+        ) from error
 
 
 def _largest(values: Array) -> float:

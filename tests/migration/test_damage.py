@@ -92,6 +92,33 @@ def test_without_a_manifest_the_structure_is_checked_and_oddities_are_told(tmp_p
     assert found.verdict is Verdict.DAMAGED
 
 
+def test_a_long_run_of_zeros_is_told(tmp_path: Path) -> None:
+    """What a hole in a download reads as."""
+    tensors = load_file(TINY / "mqa" / "model.safetensors")
+    tensors = {key: value.astype(np.float32) for key, value in tensors.items()}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    width = tensors[embedding].shape[1]
+    rows_a_page = 4096 // (4 * width)
+    tensors[head] = np.ones((100 * rows_a_page, width), np.float32)
+    tensors[embedding] = tensors[head].copy()
+    tensors[embedding][rows_a_page : 33 * rows_a_page] = 0
+    folder = write_tensors(tmp_path / "hf", tensors, vocab_size=len(tensors[head]))
+    found = verify_model(folder)
+    assert found.verdict is Verdict.SOUND, found
+    assert found.warnings == (f"{embedding}: 131072 zero bytes on end; was the download whole?",)
+
+
+def test_what_is_not_finite_is_not_quantised(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(TINY / "mqa" / "model.safetensors")
+    tensors = {key: value.astype(np.float32) for key, value in tensors.items()}
+    tensors[name][-1, -1] = np.inf
+    source = write_tensors(tmp_path / "hf", tensors)
+    with pytest.raises(MigrationError, match=r"holds NaN or infinity, which cannot be quantised"):
+        convert(source, tmp_path / "a.gguf", "gguf", quantization="Q8_0")
+    assert not (tmp_path / "a.gguf").exists()
+
+
 @pytest.mark.parametrize("shard", [1, 4])
 def test_a_truncated_shard_is_found(shard: int, tmp_path: Path) -> None:
     folder = shutil.copytree(TINY / "llama2_mha", tmp_path / "hf")

@@ -14,7 +14,8 @@ from checkpoint.store.direct_file import buffer_at
 from jaxserve.errors import ConfigError
 from jaxserve.migration.convert import plan_conversion
 from jaxserve.migration.request import ConversionRequest
-from tools.bench_migration import measure_conversion, write_synthetic
+from tools.migration_speed.conversion import Conversion, measure_conversion
+from tools.migration_speed.synthetic import write_synthetic
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,11 @@ def test_a_model_larger_than_the_budget_is_converted_within_it(to: str, tmp_path
     num_bytes = write_synthetic(tmp_path / "hf", 600_000_000, 200_000_000)
     target = tmp_path / ("t.gguf" if to == "gguf" else "t")
     budget = 400_000_000
-    found = measure_conversion(tmp_path / "hf", target, to, num_bytes, memory_budget=str(budget))
+    found = measure_conversion(
+        Conversion("safetensors", to),
+        *(tmp_path / "hf", target, num_bytes),
+        memory_budget=str(budget),
+    )
     assert num_bytes > 1.4 * budget
     assert found.peak_bytes <= 1.1 * budget, found
 

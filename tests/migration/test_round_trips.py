@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,9 +293,22 @@ def test_k_quants_are_read_to_the_bit(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
-@pytest.mark.parametrize("make", [byte_level_bpe, byte_fallback_bpe])
-def test_a_tokenizer_goes_to_gguf_and_back(make: object, tmp_path: Path) -> None:
-    tokenizer: Tokenizer = make()  # type: ignore[operator]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("make", "how_joined"), [(byte_level_bpe, "merges"), (byte_fallback_bpe, "scores")]
+)
+def test_a_tokenizer_goes_to_gguf_and_back(
+    make: Callable[[], Tokenizer], how_joined: str, tmp_path: Path
+) -> None:
+    plain = make()
+    tokenizer = Tokenizer(
+        plain.backend,
+        bos_token_id=plain.bos_token_id,
+        eos_token_ids=plain.eos_token_ids,
+        chat_template=TEMPLATE,
+    )
     folder = shutil.copytree(TINY / "mqa", tmp_path / "hf")
     vocab = max(tokenizer.backend.get_vocab().values()) + 3
     tensors = load_file(folder / "model.safetensors")
@@ -309,27 +323,30 @@ def test_a_tokenizer_goes_to_gguf_and_back(make: object, tmp_path: Path) -> None
     for text in ("the quick  brown fox 42", "hello <think now> \u65e5\u672c x", ""):
         assert read.encode(text) == tokenizer.encode(text)
     assert read.eos_token_ids == tokenizer.eos_token_ids
-    keys = gguf.GGUFReader(tmp_path / "a.gguf").fields.keys()
+    assert read.chat_template == TEMPLATE
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
     assert {
+        *(f"tokenizer.ggml.{how_joined}", "tokenizer.ggml.eos_token_id"),
         *("general.architecture", "general.file_type", "llama.rope.freq_base"),
         *("llama.attention.layer_norm_rms_epsilon", "llama.rope.dimension_count"),
         *("tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"),
-    } <= keys
+    } <= fields.keys()
     convert(tmp_path / "a.gguf", tmp_path / "own", "orbax")
     convert(tmp_path / "own", tmp_path / "b.gguf", "gguf")
     again = open_model(tmp_path / "b.gguf").load_tokenizer()
     assert again.encode("the quick  brown fox 42") == tokenizer.encode("the quick  brown fox 42")
+    assert again.chat_template == TEMPLATE
 
 
 def test_a_template_goes_along(tmp_path: Path) -> None:
     folder = shutil.copytree(TINY / "mqa", tmp_path / "hf")
     tokenizer = byte_level_bpe()
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with_template = Tokenizer(tokenizer.backend, eos_token_ids=(1,), chat_template=template)
+    with_template = Tokenizer(tokenizer.backend, eos_token_ids=(1,), chat_template=TEMPLATE)
     (folder / "generation_config.json").write_text('{"eos_token_id": [1], "temperature": 0.5}')
     save_tokenizer(with_template, folder)
     convert(folder, tmp_path / "own", "orbax")
-    assert open_model(tmp_path / "own").load_tokenizer().chat_template == template
+    assert open_model(tmp_path / "own").load_tokenizer().chat_template == TEMPLATE
     convert(tmp_path / "own", tmp_path / "back", "safetensors")
     assert model_files(tmp_path / "back") == model_files(folder)
 

@@ -1,0 +1,1 @@
+"""What `tools/bench_migration.py` measures: conversions in a process of their own, and bounds."""

@@ -18,7 +18,8 @@ With `--memory-cgroup`, the kernel holds the process to the budget: the folder i
 hierarchy (version 1 or 2) that you may write to. `--resume` keeps the model, what is made of it as
 a source of others, and `records.jsonl`; the next call measures only what is missing, after the
 bounds anew, so that the rounds can be done in several quiet spells: a ratio is always to the bounds
-of the same spell. `--report` prints the table of such a file.
+of the same spell. What was measured while others had more than 15 % of the processor is void, and
+measured again by the next call. `--report` prints the table of such a file.
 """
 
 from __future__ import annotations
@@ -111,9 +112,11 @@ def run(folder: Path, args: argparse.Namespace, *, last_start_s: float) -> bool:
     if any(one.source == "orbax" for one in args.conversions) and not sources["orbax"].exists():
         measure_conversion(Conversion("safetensors", "orbax"), source, sources["orbax"], num_bytes)
     records = folder / RECORDS
-    measured = {(record.round, record.conversion) for record in load_records(records)}
+    kept = [record for record in load_records(records) if not record.is_void]
+    measured = {(record.round, record.conversion) for record in kept}
     rounds = itertools.product(range(args.rounds), args.conversions)
     missing = [(number, one) for number, one in rounds if (number, one.name) not in measured]
+    is_complete = True
     for index, (number, conversion) in enumerate(missing):
         if time.monotonic() > last_start_s:
             return False
@@ -130,9 +133,11 @@ def run(folder: Path, args: argparse.Namespace, *, last_start_s: float) -> bool:
             cgroup=args.memory_cgroup,
         )
         print(conversion.name, found, file=sys.stderr, flush=True)
-        keep_record(records, Record(number, conversion.name, began, found, bounds))
+        record = Record(number, conversion.name, began, found, bounds)
+        keep_record(records, record)
+        is_complete &= not record.is_void
         shutil.rmtree(folder / "work")
-    return True
+    return is_complete
 
 
 def _empty(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,10 @@ def test_the_table_has_medians_of_ratios_to_each_rounds_own_bounds(tmp_path: Pat
     for record in records:
         keep_record(tmp_path / "records.jsonl", record)
     assert load_records(tmp_path / "records.jsonl") == records
-    bounds, line = text_of(records).splitlines()
+    busy = Bounds(9.0, 9.0, 9.0, foreign_share=0.2)
+    void = dataclasses.replace(records[0], began="round 3", bounds=busy)
+    bounds, line, load = text_of([*records, void]).splitlines()
+    assert load.endswith("1 void left out")
     assert "cp 4.00 (2.00 to 5.00) s" in bounds
     assert "3 times: 5.00 (3.00 to 8.00) s, 1.50 (1.00 to 2.00) x cp" in line
     assert "60 (38 to 100) % of the rate of read and write" in line

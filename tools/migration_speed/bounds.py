@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.migration_speed.load import ForeignLoad
+
 BLOCK_BYTES = 16 << 20
 
 
@@ -20,21 +22,24 @@ class Bounds:
         copy_s: `cp -r`.
         synced_copy_s: the same, and a sync of what it wrote.
         plain_s: reading to nowhere, and writing as many bytes from memory, synced.
+        foreign_share: see `ForeignLoad`; None where it was not read.
     """
 
     copy_s: float
     synced_copy_s: float
     plain_s: float
+    foreign_share: float | None = None
 
 
 def measure_bounds(source: Path, folder: Path) -> Bounds:
     """Of a folder with one `model.safetensors`; writes to `folder`, which it leaves empty."""
     read_all(source)
+    load = ForeignLoad()
     copy_s = seconds_of_copy(source, folder / "copy", is_synced=False)
     synced_s = seconds_of_copy(source, folder / "copy", is_synced=True)
     read_s, write_s = seconds_of_plain_io(source / "model.safetensors", folder / "plain")
     (folder / "plain").unlink()
-    return Bounds(copy_s, synced_s, read_s + write_s)
+    return Bounds(copy_s, synced_s, read_s + write_s, load.share())
 
 
 def seconds_of_copy(source: Path, target: Path, *, is_synced: bool) -> float:

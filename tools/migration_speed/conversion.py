@@ -13,6 +13,7 @@ from pathlib import Path
 
 from checkpoint.migrate.read_back import ReadBack
 from jaxserve.migration.request import FORMATS
+from tools.migration_speed.load import ForeignLoad
 
 LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
 CHILD = """
@@ -76,6 +77,7 @@ class Measured:
         peak_bytes: most memory that the process held.
         imports_bytes: what it held after its imports.
         num_bytes: of the model.
+        foreign_share: see `ForeignLoad`; None where it was not read.
     """
 
     seconds: float
@@ -83,6 +85,7 @@ class Measured:
     peak_bytes: int
     imports_bytes: int
     num_bytes: int
+    foreign_share: float | None = None
 
 
 def measure_conversion(
@@ -106,6 +109,7 @@ def measure_conversion(
         arguments += ["--read-back", conversion.read_back]
     if memory_budget is not None:
         arguments += ["--memory-budget", memory_budget]
+    load = ForeignLoad()
     start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, "-c", CHILD, "checkpoint", *arguments],
@@ -116,6 +120,7 @@ def measure_conversion(
         preexec_fn=None if cgroup is None else lambda: _enter(cgroup),
     )
     process_s = time.perf_counter() - start
+    foreign_share = load.share()
     found = [line for line in process.stdout.splitlines() if line.startswith("MEASURED ")]
     result = (
         json.loads(found[0].removeprefix("MEASURED ")) if found else {"code": process.returncode}
@@ -123,7 +128,7 @@ def measure_conversion(
     if result["code"] != 0:
         raise RuntimeError(f"exit code {result['code']}:\n{process.stdout}{process.stderr}")
     peak, imports = result["peak"], result["imports"]
-    return Measured(result["seconds"], process_s, peak, imports, num_bytes)
+    return Measured(result["seconds"], process_s, peak, imports, num_bytes, foreign_share)
 
 
 def make_cgroup(path: Path, limit_bytes: int) -> None:

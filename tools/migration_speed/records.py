@@ -11,6 +11,7 @@ from statistics import median
 
 from tools.migration_speed.bounds import Bounds
 from tools.migration_speed.conversion import Measured
+from tools.migration_speed.load import MAX_FOREIGN_SHARE
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class Record:
     began: str
     measured: Measured
     bounds: Bounds
+
+    @property
+    def foreign_share(self) -> float:
+        """The larger one of the conversion and its bounds; 0 where neither was read."""
+        return max(self.measured.foreign_share or 0.0, self.bounds.foreign_share or 0.0)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether others were too busy."""
+        return self.foreign_share > MAX_FOREIGN_SHARE
 
 
 def load_records(file: Path) -> list[Record]:
@@ -53,9 +64,11 @@ def keep_record(file: Path, record: Record) -> None:
 
 
 def text_of(records: Sequence[Record]) -> str:
-    """A line a conversion: medians, and the least and the most."""
+    """A line a conversion: medians, and the least and the most, without what is void."""
+    num_void = sum(record.is_void for record in records)
+    records = [record for record in records if not record.is_void]
     if not records:
-        return "nothing was measured"
+        return f"nothing was measured that is not void; {num_void} are"
     spells = list({record.began: record.bounds for record in records}.values())
     bounds = (
         f"model of {records[0].measured.num_bytes / 1e9:.2f} GB; "
@@ -64,7 +77,9 @@ def text_of(records: Sequence[Record]) -> str:
         f"{_spread([one.plain_s for one in spells])} s"
     )
     names = dict.fromkeys(record.conversion for record in records)
-    return "\n".join((bounds, *(_line(name, records) for name in names)))
+    foreign = max(record.foreign_share for record in records)
+    load = f"others took {foreign:.0%} of the processor or less; {num_void} void left out"
+    return "\n".join((bounds, *(_line(name, records) for name in names), load))
 
 
 def _line(name: str, records: Sequence[Record]) -> str:

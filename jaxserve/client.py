@@ -24,6 +24,7 @@ from jaxserve.errors import (
     Forbidden,
     InvalidRequest,
     JaxserveError,
+    NoRoomForAdapter,
     NotAccepting,
     NotFound,
     NotSupported,
@@ -121,8 +122,8 @@ class Client:
     """One connection, usable from several threads.
 
     Raises InvalidRequest (with the field), QueueFull, NotAccepting (also when
-    nothing listens), NotSupported (the model cannot do this), Unauthenticated, Forbidden and
-    TimeoutError; any other status stays a grpc.RpcError.
+    nothing listens), NotSupported (the model cannot do this), NotFound, NoRoomForAdapter,
+    Unauthenticated, Forbidden and TimeoutError; any other status stays a grpc.RpcError.
     """
 
     def __init__(
@@ -155,12 +156,19 @@ class Client:
         timeout_s: float | None = None,
         request_id: str | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
         pacing: Pacing | None = None,
         **settings: Any,
     ) -> Generation:
-        """Starts a request. `settings` are fields of `SamplingParams`."""
+        """Starts a request. `settings` are fields of `SamplingParams`; `adapter` is the name of
+        one that is loaded."""
         request = convert.generate_request(
-            prompt, request_id=request_id, cache_salt=cache_salt, pacing=pacing, **settings
+            prompt,
+            request_id=request_id,
+            cache_salt=cache_salt,
+            adapter=adapter,
+            pacing=pacing,
+            **settings,
         )
         call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
         return Generation(call)
@@ -204,6 +212,19 @@ class Client:
 
     def load(self, timeout_s: float | None = None) -> control_pb2.GetLoadResponse:
         return self._unary(self._control.GetLoad, control_pb2.GetLoadRequest(), timeout_s)
+
+    def load_adapter(self, name: str, path: str) -> control_pb2.Adapter:
+        """Has the server load an adapter from a folder below its --lora-dir."""
+        request = control_pb2.LoadAdapterRequest(name=name, path=path)
+        return self._unary(self._control.LoadAdapter, request).adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """New requests of this name are refused from now on."""
+        self._unary(self._control.UnloadAdapter, control_pb2.UnloadAdapterRequest(name=name))
+
+    def adapters(self) -> control_pb2.ListAdaptersResponse:
+        """Those that are loaded, and how many there is room for."""
+        return self._unary(self._control.ListAdapters, control_pb2.ListAdaptersRequest())
 
     def is_serving(self) -> bool:
         """Whether the health service says SERVING; False when nothing answers."""
@@ -260,5 +281,6 @@ def _mendable(error: Any) -> Exception:
         grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
         grpc.StatusCode.PERMISSION_DENIED: Forbidden,
         grpc.StatusCode.NOT_FOUND: NotFound,
+        grpc.StatusCode.FAILED_PRECONDITION: NoRoomForAdapter,
     }
     return kinds[code](details) if code in kinds else error

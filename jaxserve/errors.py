@@ -73,5 +73,13 @@ class NotFound(JaxserveError):
     """Nothing of the caller's has this name."""
 
 
+class AdapterNotFound(NotFound):
+    """No adapter of this name is loaded."""
+
+
+class NoRoomForAdapter(JaxserveError):
+    """Every place for adapters has one, or requests that still run on one."""
+
+
 class StreamTooSlow(JaxserveError):
     """A client reads its stream slower than tokens are made; it was cancelled."""

@@ -11,7 +11,9 @@ Parameters are a nested dict of arrays without empty leaves::
      "position_embed": [max_position_embeddings, E],   # only where positions are learned
      "layers": {...: [L, ...]},                        # see the family's file
      "final_norm": {"scale": [E], "bias"?: [E]},
-     "lm_head": [E, V]}                                # only when embeddings are not tied
+     "lm_head": [E, V],                                # only when embeddings are not tied
+     "adapters": {...: [L, ...]}}                      # only beside served weights, see
+                                                       # `models.adapter_pool`
 
 Laid out for the native CPU kernels they differ, see `models.native_layout`.
 """
@@ -30,6 +32,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from models.adapter_rows import attach_row_adapters, pool_rows
 from models.config import ModelConfig
 from models.gpu_layout import fuse_layer, is_fused
 from models.layers import INIT_STDDEV, BranchOutput, LayerAttend
@@ -140,6 +143,7 @@ class Decoder:
         shard: TensorShard | None = None,
         first_layer: int | jax.Array = 0,
         num_live: jax.Array | None = None,
+        adapter_of_row: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """The decoder layers in `params`, usually all L, as one `lax.scan`.
 
@@ -159,6 +163,8 @@ class Decoder:
                 all that differs between layers go by; not 0 in a later stage of a pipeline.
             num_live: int32 scalar: rows from here on are padding, and packed kernels spare
                 themselves their products. None: there is no padding.
+            adapter_of_row: `int32[T]`, which adapter of the pool in `params["adapters"]`
+                (`models.adapter_pool`) each row gets, from 1 on; 0 is none. None: no row gets one.
 
         Returns:
             `(x [T, E], cache)`.
@@ -171,19 +177,24 @@ class Decoder:
             x = jnp.where(first_layer == 0, placed, x)
 
         adapters = {} if hooks.lora is None else hooks.lora.adapters["layers"]
+        pool = {} if adapter_of_row is None else params["adapters"]
+        adapter_rows = None if adapter_of_row is None else pool_rows(pool, adapter_of_row)
         scales = params.get("kernel_scales", {})
 
         def body(
-            carry: tuple[jax.Array, Cache], layer_inputs: tuple[Params, Params, Params, jax.Array]
+            carry: tuple[jax.Array, Cache],
+            layer_inputs: tuple[Params, Params, Params, Params, jax.Array],
         ) -> tuple[tuple[jax.Array, Cache], tuple[()]]:
             rows, layer_cache = carry
-            state, layer_scales, layer_adapters, layer_index = layer_inputs
+            state, layer_scales, layer_adapters, layer_pool, layer_index = layer_inputs
             layer: Any = nnx.merge(graph, state)
             attach_scales(layer, layer_scales)
             # The packed kernels stay whole: to slice a layer's out would copy them.
             attach_packed(layer, packed, layer_index - first_layer, num_live)
             if shard is not None:
                 attach_shard(layer, shard)
+            if adapter_rows is not None:
+                attach_row_adapters(layer, layer_pool, adapter_rows)
             if hooks.lora is not None:
                 attach_adapters(layer, layer_adapters, hooks.lora.scale)
             rows, layer_cache = layer(
@@ -196,7 +207,7 @@ class Decoder:
 
         num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
         layer_indices = first_layer + jnp.arange(num_layers, dtype=jnp.int32)
-        layers = (params["layers"], scales, adapters, layer_indices)
+        layers = (params["layers"], scales, adapters, pool, layer_indices)
         (x, cache), _ = lax.scan(hooks.wrap_layer(body), (x, cache), layers)
         return x, cache
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 2**20
 MAX_NAMES_IN_ERROR = 10
+MAX_NAME_CHARS = 64
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -48,8 +49,26 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "lora_bias": (False,),
     "megatron_config": (None,),
     "layer_replication": (None, []),
+    # The others take something out of the base model's weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
 }
 """Fields that would change the adapters' effect, with the values that do not."""
+
+WITHOUT_EFFECT = frozenset(
+    (
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
+        *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+        *("target_modules", "exclude_modules", "layers_pattern", "megatron_core"),
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+        *("qalora_group_size", "kasa_config", "ensure_weight_tying", "runtime_config"),
+    )
+)
+"""Fields that are read here, or say only how the adapter was made and where: which projections
+have one is seen in the weights' file."""
 
 
 def save_peft(
@@ -120,11 +139,32 @@ def save_peft(
     partial_config.replace(folder / CONFIG_FILE)
 
 
-def load_peft(folder: Path, config: ModelConfig) -> Lora:
-    """Read adapters that peft or `save_peft` wrote for a model of shape `config`.
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """What the files hold, on the host."""
 
-    Returns:
-        Adapters of the projections that the file has, in the file's dtype.
+    leaves: Mapping[str, npt.NDArray[Any]]
+    """`layers.….a` `[L, in, r]` and `layers.….b` `[L, r, out]` of the projections that the file
+    has, in its dtype."""
+    rank: int
+    scale: float
+    """Of every product of a and b."""
+
+
+def read_rank(folder: Path) -> int:
+    """Ranks of the adapter in `folder`. Raises FormatError as `read_peft`."""
+    return _rank_and_scale(_read_config(folder / CONFIG_FILE))[0]
+
+
+def load_peft(folder: Path, config: ModelConfig) -> Lora:
+    """What `read_peft` reads, as arrays of the default device."""
+    adapter = read_peft(folder, config)
+    leaves = {path: jnp.asarray(leaf) for path, leaf in adapter.leaves.items()}
+    return Lora(unflatten(leaves), adapter.scale)
+
+
+def read_peft(folder: Path, config: ModelConfig) -> PeftAdapter:
+    """Read adapters that peft or `save_peft` wrote for a model of shape `config`.
 
     Raises:
         FormatError: a file that is missing or broken, a setting that is not supported, or
@@ -137,7 +177,7 @@ def load_peft(folder: Path, config: ModelConfig) -> Lora:
     file = SafetensorsFile(folder / WEIGHTS_FILE)
     left = set(file.names())
     problems: list[str] = []
-    adapters: dict[str, jax.Array] = {}
+    adapters: dict[str, npt.NDArray[Any]] = {}
     kernels = flatten(get_family(config.family).abstract_params(config, jnp.float32))
     for rule in _projection_rules(config):
         num_layers, num_in, num_out = kernels[rule.path].shape
@@ -152,8 +192,7 @@ def load_peft(folder: Path, config: ModelConfig) -> Lora:
             found = list(_problems(file, own, shape))
             problems += found
             if not found:
-                stacked = np.stack([file.read(name).T for name in own])
-                adapters[f"{path}.{part}"] = jnp.asarray(stacked)
+                adapters[f"{path}.{part}"] = np.stack([file.read(name).T for name in own])
     problems += [f"unexpected: {name}" for name in sorted(left)]
     if problems or not adapters:
         shown = problems[:MAX_NAMES_IN_ERROR] or ["there are no adapters"]
@@ -161,7 +200,12 @@ def load_peft(folder: Path, config: ModelConfig) -> Lora:
             f"{WEIGHTS_FILE} does not fit the model; was it made for this one?\n  "
             + "\n  ".join(shown)
         )
-    return Lora(unflatten(adapters), scale)
+    return PeftAdapter(adapters, rank, scale)
+
+
+def adapted_projections(config: ModelConfig) -> tuple[str, ...]:
+    """Paths, such as `layers.attention.q_proj`, of all that an adapter's file may have."""
+    return tuple(rule.path.removesuffix(".kernel") for rule in _projection_rules(config))
 
 
 def _projection_rules(config: ModelConfig) -> Iterator[TensorRule]:
@@ -221,6 +265,18 @@ def _rank_and_scale(fields: Mapping[str, Any]) -> tuple[int, float]:
                 f"{CONFIG_FILE}: {name} {fields[name]!r} is not supported, only "
                 f"{harmless[0]!r}; merge the adapter with peft and convert the merged model"
             )
+    unknown = [
+        name
+        for name in fields
+        if name not in HARMLESS
+        and name not in WITHOUT_EFFECT
+        and fields[name] not in (None, False, [], {}, "")
+    ]
+    if unknown:
+        raise FormatError(
+            f"{CONFIG_FILE}: {unknown[0][:MAX_NAME_CHARS]!r} is not known here, and may change "
+            "what the adapter does; merge it with peft and convert the merged model"
+        )
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise FormatError(f"{CONFIG_FILE}: r is {rank!r}; it must be a positive integer")

@@ -59,6 +59,7 @@ class RunLayers(Protocol):
         shard: TensorShard | None = ...,
         first_layer: int | jax.Array = ...,
         num_live: jax.Array | None = ...,
+        adapter_of_row: jax.Array | None = ...,
     ) -> tuple[jax.Array, Cache]: ...
 
 

@@ -81,6 +81,10 @@ def leaf_axes(path: str, num_axes: int) -> tuple[str, ...]:
     *_, module, leaf = path.split(".")
     if module in _PROJECTIONS:
         inputs, outputs = _PROJECTIONS[module]
+        if leaf == "a":  # This and `b`: see `models.adapter_pool`.
+            return ("layers", inputs, "adapters", "ranks")
+        if leaf == "b":
+            return ("layers", "adapters", "ranks", outputs)
         if leaf == "bias" or num_axes == 2:  # Of each output, as int8's scales are.
             return ("layers", outputs)
         if num_axes == 4:  # One matrix for each expert, which is whole on its device.

@@ -69,6 +69,14 @@ def parse_mesh_option(text: str | MeshShape) -> MeshShape:
         raise typer.BadParameter(str(error)) from None
 
 
+def parse_lora(text: str) -> tuple[str, Path]:
+    """Name and folder of "sql=adapters/sql"."""
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise typer.BadParameter(f"--lora {text!r}: write NAME=FOLDER, like sql=adapters/sql")
+    return name, Path(folder)
+
+
 def complete_model(incomplete: str) -> list[str]:
     from jaxserve.model_catalog import CATALOG
 
@@ -87,6 +95,7 @@ _MESH = "Devices"
 _STEP = "Step and batch"
 _MEMORY = "KV cache"
 _QUEUE = "Queue"
+_LORA = "Adapters"
 _COMPILE = "Compilation"
 
 ENGINE_OPTIONS: dict[str, Any] = {
@@ -280,6 +289,33 @@ ENGINE_OPTIONS: dict[str, Any] = {
         int,
         typer.Option(help="Most prompt tokens that may wait.", rich_help_panel=_QUEUE),
     ],
+    "lora": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            help="An adapter to begin with (PEFT's files); may be given again. Requests choose it "
+            "by its name (docs/adapters.md).",
+            metavar="NAME=FOLDER",
+            show_default="none",
+            rich_help_panel=_LORA,
+        ),
+    ],
+    "max_loras": Annotated[
+        int | None,
+        typer.Option(
+            help="Room for that many adapters at once.",
+            show_default="as many as --lora names",
+            rich_help_panel=_LORA,
+        ),
+    ],
+    "max_lora_rank": Annotated[
+        int | None,
+        typer.Option(
+            help="Most ranks of an adapter.",
+            show_default="the largest of --lora, else 16",
+            rich_help_panel=_LORA,
+        ),
+    ],
     "compilation_cache_dir": Annotated[
         Path | None,
         typer.Option(
@@ -295,6 +331,8 @@ ENGINE_OPTIONS: dict[str, Any] = {
 
 def build_engine_config(**values: Any) -> EngineConfig:
     """The config of parsed option values, keyed by field. Raises ConfigError."""
+    if "lora" in values:
+        values["lora"] = tuple(parse_lora(text) for text in values["lora"] or ())
     return EngineConfig(**values)
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -75,6 +76,10 @@ def generate(
             rich_help_panel=_FILE,
         ),
     ] = OnError.stop,
+    adapter: Annotated[
+        str,
+        typer.Option(help="Name of one of --lora, for every prompt.", show_default="none"),
+    ] = "",
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -97,15 +102,21 @@ def generate(
 
         jaxserve generate "Why is the sky blue?"
 
+        jaxserve generate "SELECT" --lora sql=adapters/sql --adapter sql
+
         jaxserve generate --input prompts.jsonl --output answers.jsonl --temperature 0
     """
+    if adapter and adapter not in dict(engine_config.lora):
+        raise ConfigError(f"--adapter {adapter}: no --lora has this name")
     if (prompt is None) == (input is None):
         raise ConfigError("give either a PROMPT or --input FILE")
     if prompt is not None:
         if output is not None:
             raise ConfigError("--output goes with --input; a PROMPT's answer is printed")
         with local_engine(engine_config) as running:
-            _complete_prompt(running, prompt, sampling, chat=chat, as_json=json_output)
+            _complete_prompt(
+                running, prompt, sampling, adapter=adapter, chat=chat, as_json=json_output
+            )
         return
     if output is None or input is None:
         raise ConfigError("--input needs --output FILE (- prints the results)")
@@ -114,7 +125,7 @@ def generate(
         _open_output(output, overwrite=overwrite) as file,
         local_engine(engine_config) as running,
     ):
-        _complete_file(running, lines, file, chat=bool(chat), on_error=on_error)
+        _complete_file(running, lines, file, adapter=adapter, chat=bool(chat), on_error=on_error)
 
 
 def _complete_prompt(
@@ -122,6 +133,7 @@ def _complete_prompt(
     prompt: str,
     sampling: dict[str, Any],
     *,
+    adapter: str,
     chat: bool | None,
     as_json: bool,
 ) -> None:
@@ -136,6 +148,7 @@ def _complete_prompt(
         "prompt",
         encode_prompt(tokenizer, prompt, chat=use_chat),
         sampling_from_json(sampling),
+        adapter=adapter,
     )
     outputs = []
     for one in stream(running.engine, request):
@@ -180,6 +193,7 @@ def _complete_file(
     lines: Sequence[ParsedLine | BadRecord],
     file: IO[str],
     *,
+    adapter: str,
     chat: bool,
     on_error: OnError,
 ) -> None:
@@ -198,7 +212,7 @@ def _complete_file(
         _refuse_bad_lines([record for record in records if isinstance(record, BadRecord)])
     completions = complete_in_order(
         engine,
-        (record.request for record in good),
+        (replace(record.request, adapter=adapter) for record in good),
         max_ahead=_AHEAD_PER_SEQUENCE * running.report.settings.num_seqs,
     )
     failed = []

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUMMARIES = {
     "serve": "Serve a model over gRPC.",
+    "adapters": "Load adapters into a server, list and unload them.",
     "keys": "Make API keys for a server.",
     "top": "Watch a running server, live in this terminal.",
     "chat": "Talk with a model, in this terminal.",

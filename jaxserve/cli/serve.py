@@ -102,6 +102,14 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = 30.0,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder below which lie the adapters that clients may have loaded at run time "
+            "(--max-loras), those with the role admin where keys are asked for.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     watch: Annotated[
         Path | None,
         typer.Option(
@@ -211,6 +219,7 @@ def serve(
         jaxserve serve
         jaxserve serve --model ./model.gguf --grpc-port 0 --http-port 0
         jaxserve serve --watch runs/tiny
+        jaxserve serve --lora sql=adapters/sql --max-loras 4 --lora-dir adapters
         jaxserve serve --model all-minilm-l6-v2
         jaxserve serve --processes 2 --mesh tensor=2
     """
@@ -229,6 +238,7 @@ def serve(
         tool_call_parser=tool_call_parser,
         otlp_endpoint=otlp_endpoint,
         web_page=not no_web_page,
+        lora_dir=lora_dir,
         reflection=reflection,
         drain_timeout_s=drain_timeout_s,
         api_keys_file=api_keys_file,
@@ -236,6 +246,8 @@ def serve(
         tls=tls_files(tls_certificate, tls_key, tls_client_ca),
         pacing=Pacing(flush_ms, flush_tokens, pad_bytes, strict_pacing),
     )
+    if lora_dir is not None and not (engine_config.max_loras or engine_config.lora):
+        raise ConfigError("--lora-dir needs room for adapters: give --max-loras")
     if watch is not None:
         engine_config = _model_of_run(engine_config, watch)
     console = Console(stderr=True, highlight=False)

@@ -62,6 +62,8 @@ def _settings_table(report: StartupReport) -> Table:
         f"{scheduler.max_queued_tokens} prompt tokens",
         "prefix cache": "on" if scheduler.prefix_caching else "off",
     }
+    if settings.loras is not None:
+        rows["adapters"] = f"{settings.loras.max_loras} of rank {settings.loras.max_rank} at most"
     return _rows_table("settings", rows)
 
 
@@ -100,6 +102,7 @@ def _memory_table(report: StartupReport) -> Table:
     pool = f"KV pool ({memory.num_pages} pages of {scheduler.page_size} tokens)"
     sizes = {
         "weights": memory.weights_bytes,
+        "adapters": memory.adapters_bytes,
         pool: memory.kv_pool_bytes,
         "slots": memory.slots_bytes,
         "temporaries of a step": memory.temp_bytes,

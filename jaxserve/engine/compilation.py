@@ -26,6 +26,7 @@ from jaxserve.engine.step import Params, make_step
 from jaxserve.engine.step_arrays import StepArrays
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
+from models.adapter_pool import AdapterPool, write_place
 from models.config import ModelConfig
 from models.mesh_shape import ONE_DEVICE, MeshShape
 from models.ops.attention.registry import AttentionImplementation
@@ -81,6 +82,10 @@ class Programs:
     """Of a step's inputs: of one device, or int32 `[D, P, layout.size]` of a mesh."""
     load_sharding: Sharding
     """Of a load of a slot or of masks: of one device, or int32 `[D, layout.size]` of a mesh."""
+    write_adapter: Callable[..., Any] | None
+    """Of `models.adapter_pool.write_place`; None without room for adapters."""
+    place_sharding: Sharding
+    """Of the index of a place in the pool of adapters."""
     num_replicas: int
     """D"""
     num_stages: int
@@ -109,6 +114,14 @@ class ProgramSpec:
     """Instead of `device`: the mesh."""
     compiler_options: Sequence[tuple[str, bool]] = ()
     """Of XLA, for the steps."""
+    place: AdapterPool | None = None
+    """One place of the pool of adapters, as `jax.ShapeDtypeStruct`; None without room for any."""
+
+    @property
+    def step_params(self) -> Params:
+        """What a step takes as its weights: with the adapters, if there is room for some."""
+        pool = self.arrays.adapters
+        return self.params if pool is None else {**self.params, "adapters": pool}
 
     @property
     def mesh(self) -> MeshShape:
@@ -164,6 +177,7 @@ class ProgramBuild:
         self._load_slot = self._pool.submit(_timed, self._compile_load_slot)
         self._mask_layout = MaskLoadLayout(spec.num_slots, spec.config.vocab_size)
         self._load_masks = self._pool.submit(_timed, self._compile_load_masks)
+        self._write_adapter = self._pool.submit(_timed, self._compile_write_adapter)
 
     def __enter__(self) -> Self:
         return self
@@ -177,7 +191,10 @@ class ProgramBuild:
         seconds = {f"compile step of {rows} rows": f.result()[1] for rows, f in self._steps.items()}
         seconds["compile slot load"] = self._load_slot.result()[1]
         seconds["compile mask load"] = self._load_masks.result()[1]
-        loads = (self._load_slot, self._load_masks)
+        loads = [self._load_slot, self._load_masks]
+        if self._spec.place is not None:
+            seconds["compile adapter load"] = self._write_adapter.result()[1]
+            loads.append(self._write_adapter)
         futures: list[Future[tuple[Any, float]]] = [*self._steps.values(), *loads]
         return Programs(
             steps={rows: future.result()[0] for rows, future in self._steps.items()},
@@ -188,6 +205,8 @@ class ProgramBuild:
             mask_layout=self._mask_layout,
             inputs_sharding=_inputs_sharding(self._spec),
             load_sharding=_load_sharding(self._spec),
+            write_adapter=self._write_adapter.result()[0],
+            place_sharding=_place_sharding(self._spec),
             num_replicas=self._spec.mesh.data,
             num_stages=self._spec.mesh.stage,
             temp_bytes=max(_temp_bytes(future.result()[0]) for future in futures),
@@ -207,6 +226,18 @@ class ProgramBuild:
         if spec.sharding is not None:
             load = make_mesh_load_masks(spec.sharding, layout)
         return self._compile_load(load, spec.arrays.slots.allowed_mask, layout.size)
+
+    def _compile_write_adapter(self) -> Any:
+        spec = self._spec
+        if spec.place is None:
+            return None
+        pool = spec.arrays.adapters
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=_place_sharding(spec))
+        shardings = None
+        if spec.sharding is not None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, pool)
+        write = jax.jit(write_place, donate_argnums=0, out_shardings=shardings)
+        return write.lower(pool, spec.place, index).compile()
 
     def _compile_load(self, load: Callable[..., Any], loaded: Any, size: int) -> Any:
         """Of `load(loaded, vector)`, whose first argument is donated."""
@@ -231,17 +262,19 @@ def trace_step(spec: ProgramSpec, layout: StepLayout) -> jax.stages.Traced:
         step = make_step(spec.config, layout, spec.attention)
         vector = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         program = jax.jit(step, donate_argnums=(1, 2))
-        return program.trace(spec.params, arrays.kv_pool, arrays.slots, vector)
+        return program.trace(spec.step_params, arrays.kv_pool, arrays.slots, vector)
     vector = jax.ShapeDtypeStruct(
         (spec.mesh.data, spec.mesh.stage, layout.size), jnp.int32, sharding=_inputs_sharding(spec)
     )
     if arrays.between_stages is None:
-        mesh_step = make_mesh_step(sharding, layout, spec.attention, spec.params)
+        mesh_step = make_mesh_step(sharding, layout, spec.attention, spec.step_params)
         program = jax.jit(mesh_step, donate_argnums=(1, 2))
-        return program.trace(spec.params, arrays.kv_pool, arrays.slots, vector)
-    tick = make_tick(sharding, layout, spec.attention, spec.params)
+        return program.trace(spec.step_params, arrays.kv_pool, arrays.slots, vector)
+    tick = make_tick(sharding, layout, spec.attention, spec.step_params)
     program = jax.jit(tick, donate_argnums=(1, 2, 3))
-    return program.trace(spec.params, arrays.kv_pool, arrays.slots, arrays.between_stages, vector)
+    return program.trace(
+        spec.step_params, arrays.kv_pool, arrays.slots, arrays.between_stages, vector
+    )
 
 
 def _inputs_sharding(spec: ProgramSpec) -> Sharding:
@@ -254,6 +287,10 @@ def _load_sharding(spec: ProgramSpec) -> Sharding:
     if spec.sharding is None:
         return SingleDeviceSharding(spec.device)
     return spec.sharding.named("replicas")
+
+
+def _place_sharding(spec: ProgramSpec) -> Sharding:
+    return SingleDeviceSharding(spec.device) if spec.sharding is None else spec.sharding.named()
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -82,6 +82,12 @@ class EngineConfig:
     prefix_caching: bool = True
     attention: str = "auto"
     """Implementation of ragged_paged_attention; auto picks by platform."""
+    lora: tuple[tuple[str, Path], ...] = ()
+    """Name and folder of the adapters to begin with."""
+    max_loras: int | None = None
+    """Adapters at once. auto: as many as `lora` names."""
+    max_lora_rank: int | None = None
+    """auto: the largest of `lora`, or 16 if there are none."""
     compilation_cache_dir: Path | None = None
     """auto: ~/.cache/jaxserve/xla. Must be a directory of mode 0700 that the
     user owns, since it holds native code."""
@@ -116,6 +122,7 @@ class EngineConfig:
             "kv_cache_bytes",
             "page_size",
             "virtual_devices",
+            "max_lora_rank",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

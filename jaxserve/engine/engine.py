@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from jaxserve.engine.adapter_names import AdapterNames
 from jaxserve.engine.detokenizer import DetokenizerFactory
 from jaxserve.engine.engine_core import STEP_END_TIMEOUT_S, EngineCore, EngineSnapshot
 from jaxserve.engine.grammar.compiler import GrammarCompiler
@@ -48,9 +49,11 @@ class Engine(EngineCore):
         max_model_len: int | None = None,
         count_compiles: Callable[[], int] = lambda: 0,
         grammars: GrammarCompiler | None = None,
+        max_loras: int = 0,
     ) -> None:
         """`count_compiles` returns the compilations since the engine was ready; `grammars`, which
-        the engine then closes, may have begun to read the vocabulary."""
+        the engine then closes, may have begun to read the vocabulary; the executor's device has
+        room for `max_loras` adapters."""
         config = scheduler.config
         metrics = EngineMetrics()
         self.grammars = grammars or make_grammar_compiler(tokenizer, model_config)
@@ -67,15 +70,19 @@ class Engine(EngineCore):
             count_compiles=count_compiles,
             masks=self._mask_worker,
         )
+        self.adapters = AdapterNames(max_loras)
+        self._entry = self.adapters.lock
         self.max_model_len = config.max_model_len if max_model_len is None else max_model_len
         self._vocab_size = model_config.vocab_size
         self._eos_token_ids = frozenset(_eos_token_ids(tokenizer, model_config))
 
     def validate(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequest naming the field, unless it can be served.
+        """Raises InvalidRequest naming the field, or AdapterNotFound, unless it can be served.
 
         Waits for the grammar of a constraint that the request comes without.
         """
+        if request.adapter:
+            self.adapters.get(request.adapter)
         sampling = request.sampling
         sampling.validate(vocab_size=self._vocab_size)
         num_prompt_tokens = len(request.prompt_token_ids)
@@ -109,6 +116,10 @@ class Engine(EngineCore):
                 )
         if sampling.constraint is not None and request.grammar is None:
             self.grammars.compile(sampling.constraint)
+
+    def adapters_in_use(self) -> set[int]:
+        """Places of the adapters that live requests run on. From any thread."""
+        return {request.adapter_index for request in self._inbox.live()}
 
     def stop(self, timeout_s: float = STEP_END_TIMEOUT_S) -> bool:
         """As `EngineCore.stop`."""
@@ -145,6 +156,12 @@ class Engine(EngineCore):
 
     def _record(self, request: GenerationRequest) -> Request:
         sampling = request.sampling
+        adapter_index = 0
+        if request.adapter:
+            adapter = self.adapters.get(request.adapter)
+            adapter_index = adapter.index
+            salt = self.adapters.cache_salt(adapter, request.cache_salt)
+            request = replace(request, cache_salt=salt)
         room = self.max_model_len - len(request.prompt_token_ids)
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         record = Request(
@@ -153,6 +170,7 @@ class Engine(EngineCore):
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             stop_token_ids=self._stop_token_ids(sampling),
             arrival_s=self._clock(),
+            adapter_index=adapter_index,
         )
         if sampling.constraint is not None:
             grammar = request.grammar or self.grammars.compile(sampling.constraint)

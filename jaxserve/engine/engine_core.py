@@ -11,7 +11,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from jaxserve.engine.failure_log import log_failure
 from jaxserve.engine.inbox import Arrival, Errand, Inbox
@@ -102,6 +104,8 @@ class EngineCore(ABC):
             max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens
         )
         self._loop = EngineLoop(scheduler, executor, self._inbox, outputs, metrics, clock, masks)
+        self._entry: AbstractContextManager[Any] = nullcontext()
+        """Held from when a request's record is made until the request is live."""
         self._failed = False
         # Daemon: a process that forgets to stop the engine can still end.
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
@@ -124,8 +128,9 @@ class EngineCore(ABC):
         QueueFull or NotAccepting; then no output comes.
         """
         self.validate(request)
-        record = self._record(request)
-        self._inbox.put(Arrival(record, sink))
+        with self._entry:
+            record = self._record(request)
+            self._inbox.put(Arrival(record, sink))
         return record
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
@@ -146,6 +151,12 @@ class EngineCore(ABC):
         stopped first; until it runs it can be cancelled. Raises NotAccepting.
         """
         errand = Errand(action, Future())
+        self._inbox.send(errand)
+        return errand.done
+
+    def run_between_steps(self, action: Callable[[], None]) -> Future[None]:
+        """The same, but without waiting for requests, whose steps go on after it."""
+        errand = Errand(action, Future(), waits=False)
         self._inbox.send(errand)
         return errand.done
 

@@ -20,10 +20,12 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Errand:
-    """Something to do in the engine's thread between two steps, when no request runs."""
+    """Something to do in the engine's thread between two steps."""
 
     run: Callable[[], None]
     done: Future[None]
+    waits: bool = True
+    """Until no request runs; then none begins before it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,11 @@ class Inbox:
         with self._changed:
             self._ends.extend((request_id, reason) for request_id in self._live)
             self._changed.notify_all()
+
+    def live(self) -> tuple[Request, ...]:
+        """The requests that are live."""
+        with self._changed:
+            return tuple(self._live.values())
 
     def send(self, errand: Errand) -> None:
         """Raises NotAccepting."""

@@ -284,7 +284,11 @@ class EngineLoop:
 
     def _ingest(self) -> None:
         mail = self._arrivals.take()
-        self._errands.extend(mail.errands)
+        for errand in mail.errands:
+            if errand.waits:
+                self._errands.append(errand)
+            else:
+                _run(errand)
         for arrival in mail.arrivals:
             self._accept(arrival)
         self._run_errands()
@@ -325,15 +329,7 @@ class EngineLoop:
     def _run_errands(self) -> None:
         self._errands = deque(errand for errand in self._errands if not errand.done.cancelled())
         while self._errands and not self._scheduler.has_work and not self._in_flight:
-            errand = self._errands.popleft()
-            if not errand.done.set_running_or_notify_cancel():
-                continue
-            try:
-                errand.run()
-            except Exception as error:  # Whoever sent it hears of it; requests go on.
-                errand.done.set_exception(error)
-            else:
-                errand.done.set_result(None)
+            _run(self._errands.popleft())
 
     def _refuse_errands(self) -> None:
         while self._errands:
@@ -419,3 +415,15 @@ class EngineLoop:
         except Exception as error:
             log_failure(logger, f"request {request_id!r} failed on the output side", error)
             return self._outputs.end(request_id, FinishReason.ERROR, now_s)
+
+
+def _run(errand: Errand) -> None:
+    """Unless it was cancelled. Whoever sent it hears of an error; requests go on."""
+    if not errand.done.set_running_or_notify_cancel():
+        return
+    try:
+        errand.run()
+    except Exception as error:
+        errand.done.set_exception(error)
+    else:
+        errand.done.set_result(None)

@@ -32,22 +32,26 @@ class MemoryPlan:
     available_bytes: int
     """Free on the device when the engine started."""
     num_pages: int
+    adapters_bytes: int = 0
+    """The pool of adapters, and one that is on its way into it."""
     advice: str = (
-        "lower --kv-cache-bytes, --max-num-seqs or --max-model-len, or choose a smaller --dtype"
+        "lower --kv-cache-bytes, --max-num-seqs, --max-model-len or --max-loras, or choose a "
+        "smaller --dtype"
     )
     """What makes it fit."""
 
     @property
     def headroom_bytes(self) -> int:
         used = self.weights_bytes + self.kv_pool_bytes + self.slots_bytes + self.temp_bytes
-        return self.available_bytes - used
+        return self.available_bytes - used - self.adapters_bytes
 
     def check(self) -> None:
         """Raises ConfigError when it cannot fit."""
         if self.headroom_bytes < 0:
             raise ConfigError(
                 f"the engine needs {format_bytes(self.available_bytes - self.headroom_bytes)} "
-                f"(weights {format_bytes(self.weights_bytes)}, KV pool "
+                f"(weights {format_bytes(self.weights_bytes)}, adapters "
+                f"{format_bytes(self.adapters_bytes)}, KV pool "
                 f"{format_bytes(self.kv_pool_bytes)}, slots {format_bytes(self.slots_bytes)}, "
                 f"temporaries {format_bytes(self.temp_bytes)}) but only "
                 f"{format_bytes(self.available_bytes)} are free: {self.advice}"

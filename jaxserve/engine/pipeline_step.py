@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.engine.slots import SlotState
-from jaxserve.engine.step import Params, draw, input_tokens, paged_attend, record
+from jaxserve.engine.step import Params, adapter_of_row, draw, input_tokens, paged_attend, record
 from jaxserve.engine.step_inputs import StepLayout
 from models.ops.attention.kv_pool import KV_POOL_AXES
 from models.ops.attention.registry import AttentionImplementation
@@ -72,6 +72,7 @@ def make_tick(
             paged_attend(config, layout, attention, work, first_layer, kv_pool=kv_pool),
             shard=shard,
             first_layer=first_layer,
+            adapter_of_row=adapter_of_row(layout, params, parts, slots),
         )
         is_last = stage == num_stages - 1
         outputs = lax.cond(

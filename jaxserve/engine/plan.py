@@ -110,6 +110,8 @@ class SlotLoad:
     stop_token_ids: tuple[int, ...]
     """EOS ids (unless ignored) and the request's stop ids: masked until
     `min_tokens` tokens are out."""
+    adapter_index: int = 0
+    """Place of its adapter in the pool; 0 without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,8 @@ class GenerationRequest:
     account: Account = NOBODY
     trace_parent: str = ""
     """W3C trace context of the client's span, as it was sent; empty without."""
+    adapter: str = ""
+    """Name of a loaded adapter; the model alone without one."""
     grammar: Grammar | None = None
     """Of `sampling.constraint`, from who has waited for it; else the engine compiles it when the
     request is added."""
@@ -111,6 +113,8 @@ class Request:
     stop_token_ids: frozenset[int]
     """EOS ids (unless ignored) and the request's own."""
     arrival_s: float
+    adapter_index: int = 0
+    """Place of its adapter in the pool; 0 without one."""
 
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0

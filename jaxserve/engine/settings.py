@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.engine.config import EngineConfig
+from jaxserve.engine.lora_settings import LoraSettings, resolve_loras
 from jaxserve.engine.memory_plan import bytes_per_device, choose_num_pages
 from jaxserve.engine.native_settings import FileKinds, NativeSettings, resolve_native
 from jaxserve.engine.request import ServiceObjective
@@ -20,6 +21,7 @@ from jaxserve.engine.scheduler.policies import make_policy
 from jaxserve.engine.step_inputs import StepLayout
 from jaxserve.errors import ConfigError
 from jaxserve.model_store import default_root
+from models.adapter_pool import AdapterPool, pool_shapes
 from models.config import ModelConfig
 from models.decoder import Params
 from models.gpu_layout import shapes_on_gpu
@@ -95,6 +97,8 @@ class EngineSettings:
     """Of keys and values, one of `kv_quantization.FORMATS`."""
     native: NativeSettings | None = None
     """None where XLA multiplies."""
+    loras: LoraSettings | None = None
+    """None without room for adapters."""
     sharding: ModelSharding | None = None
     """On more devices than `device`; None on one."""
     lays_out_for_gpu: bool = False
@@ -121,6 +125,15 @@ class EngineSettings:
             return _native_shapes(self.model_config, self.dtype, self.native)
         shapes = _served_shapes(self.model_config, self.dtype, self.quantization, self.sharding)
         return shapes_on_gpu(shapes) if self.lays_out_for_gpu else shapes
+
+    def abstract_adapters(self, num_adapters: int | None = None) -> AdapterPool | None:
+        """The pool of adapters, or one of so many places, as `jax.ShapeDtypeStruct`; None without
+        room for any."""
+        if self.loras is None:
+            return None
+        return _adapter_shapes(
+            self.model_config, self.dtype, self.loras, self.sharding, num_adapters
+        )
 
     def layouts(self) -> tuple[StepLayout, ...]:
         """One static layout per bucket."""
@@ -173,11 +186,15 @@ def resolve_settings(
     native = resolve_native(config, model_config, device, dtype, file_kinds)
     attention = _attention(config, device, native)
     kv_quantization = _kv_quantization(config, attention)
+    loras = resolve_loras(config)
     weights_bytes = bytes_per_device(
         _served_shapes(model_config, dtype, quantization, sharding)
         if native is None
         else _native_shapes(model_config, dtype, native)
     )
+    if loras is not None:
+        adapters = _adapter_shapes(model_config, dtype, loras, sharding)
+        weights_bytes += bytes_per_device(adapters)
     num_pages = choose_num_pages(
         model_config if sharding is None else sharding.served_config,
         page_size=config.page_size,
@@ -220,6 +237,7 @@ def resolve_settings(
         quantization=quantization,
         kv_quantization=kv_quantization,
         native=native,
+        loras=loras,
         sharding=sharding,
         # On a mesh a device's columns of the three are not side by side in the whole matrix.
         lays_out_for_gpu=defaults.lays_out_for_gpu and sharding is None,
@@ -281,6 +299,18 @@ def _served_shapes(
     if quantization is not None:
         check_quantized(model_config, sharding.shape, quantization)
     return sharding.abstract_params(abstract)
+
+
+def _adapter_shapes(
+    model_config: ModelConfig,
+    dtype: np.dtype,
+    loras: LoraSettings,
+    sharding: ModelSharding | None,
+    num_adapters: int | None = None,
+) -> AdapterPool:
+    """Raises FormatError if the model can have no adapters beside it."""
+    shapes = pool_shapes(model_config, dtype, num_adapters or loras.max_loras, loras.max_rank)
+    return shapes if sharding is None else sharding.abstract_params(shapes)
 
 
 def _native_shapes(model_config: ModelConfig, dtype: np.dtype, native: NativeSettings) -> Params:

@@ -51,6 +51,7 @@ IN_PROMPT = 1 << 30
         "bias_values",
         "allowed_mask",
         "token_counts",
+        "adapter",
     ],
     meta_fields=[],
 )
@@ -81,6 +82,8 @@ class SlotState:
     """uint32 [S, ceil(V / 32)]: bit i of word w allows token 32 w + i."""
     token_counts: jax.Array
     """int32 [S, V]: how often a token was generated, with `IN_PROMPT`."""
+    adapter: jax.Array
+    """int32 [S]: the adapter's place in the pool, 0 without one."""
 
 
 def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
@@ -101,6 +104,7 @@ def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
         bias_values=array(jnp.float32, MAX_LOGIT_BIAS),
         allowed_mask=array(jnp.uint32, num_mask_words(vocab_size)),
         token_counts=array(jnp.int32, vocab_size),
+        adapter=array(jnp.int32),
     )
 
 
@@ -126,7 +130,8 @@ class SlotLoadLayout:
 
     def sizes(self) -> dict[str, int]:
         return {
-            "scalars": 6,  # slot, flags, top_k, min_position, num_prompt, num_tokens
+            # slot, flags, top_k, min_position, num_prompt, num_tokens, adapter
+            "scalars": 7,
             "seed": 2,
             "settings": 6,
             "stop_ids": MAX_STOP_IDS,
@@ -161,6 +166,7 @@ class SlotLoadLayout:
             len(prompt) + sampling.min_tokens,
             len(prompt),
             len(prompt) + len(output),
+            load.adapter_index,
         )
         views["seed"].view(np.uint32)[:] = (load.seed >> 32, load.seed & 0xFFFFFFFF)
         views["settings"].view(np.float32)[:] = (
@@ -227,8 +233,8 @@ def load_slot(slots: SlotState, vector: jax.Array, *, layout: SlotLoadLayout) ->
     for name, size in layout.sizes().items():
         parts[name] = lax.slice_in_dim(vector, start, start + size)
         start += size
-    slot, flags, top_k, min_position, num_prompt, num_tokens = (
-        parts["scalars"][i] for i in range(6)
+    slot, flags, top_k, min_position, num_prompt, num_tokens, adapter = (
+        parts["scalars"][i] for i in range(7)
     )
     order = jnp.arange(layout.max_model_len)
     token_ids = parts["token_ids"]
@@ -252,4 +258,5 @@ def load_slot(slots: SlotState, vector: jax.Array, *, layout: SlotLoadLayout) ->
         bias_values=slots.bias_values.at[slot].set(as_float(parts["bias_values"])),
         allowed_mask=slots.allowed_mask.at[slot].set(as_word(parts["allowed_mask"])),
         token_counts=slots.token_counts.at[slot].set(counts),
+        adapter=slots.adapter.at[slot].set(adapter),
     )

@@ -15,7 +15,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 
+from checkpoint.param_loading import flatten
+from jaxserve.engine.adapter_loader import AdapterLoader
 from jaxserve.engine.compilation import (
     CompileCounter,
     ProgramBuild,
@@ -35,16 +38,17 @@ from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.pipeline_executor import PipelineExecutor
 from jaxserve.engine.plan import Chunk, Decodes, MaskLoad, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
-from jaxserve.engine.served_params import file_kinds, load_served_params
+from jaxserve.engine.served_params import file_kinds, load_served_params, make_place
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.slots import num_mask_words
 from jaxserve.engine.step import Params
 from jaxserve.engine.step_arrays import abstract_arrays, allocate
 from jaxserve.engine.step_device import StepDevice
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.model_store import resolve
 from jaxserve.trained_model import open_model
+from models.adapter_pool import place_leaves
 from models.encoder_loading import is_encoder
 from models.loading import ModelSource
 
@@ -80,6 +84,7 @@ class RunningEngine:
     report: StartupReport
     compiles: CompileCounter
     weights: LiveWeights
+    adapters: AdapterLoader
 
     def close(self) -> None:
         """Stops the engine at once."""
@@ -113,6 +118,8 @@ def start_engine(
         start_devices(config.virtual_devices if leader is None else None)
         device = jax.local_devices()[0]
     settings = resolve_settings(config, source.config, device, file_kinds(config, source))
+    if leader is not None and settings.loras is not None:
+        raise ConfigError("--lora and --max-loras do not work with several processes: leave out")
     if leader is not None:
         leader.configure(shared_settings(config, settings))
     use_compilation_cache(settings.cache_dir)
@@ -135,6 +142,7 @@ def start_engine(
             step_device = LeaderDevice(leader, step_device)
         executor = make_executor(step_device)
         with phases.time("first steps"):
+            _write_no_adapter(settings, step_device)
             _run_first_steps(settings, executor)
         with phases.time("measure steps"):
             settings, scheduler = make_scheduler(settings, executor)
@@ -149,8 +157,17 @@ def start_engine(
             counter.count - num_compiles + (0 if leader is None else leader.num_compiles)
         ),
         grammars=grammars,
+        max_loras=0 if settings.loras is None else settings.loras.max_loras,
     )
     engine.start()
+    adapters = AdapterLoader(engine, executor.device, settings, source.name)
+    try:
+        with phases.time("load adapters"):
+            _load_first(adapters, config)
+    except BaseException:
+        engine.stop()
+        counter.close()
+        raise
     report = StartupReport(
         model_name=source.name,
         device=f"{device.platform}: {device.device_kind}",
@@ -161,7 +178,16 @@ def start_engine(
         num_compiles=num_compiles,
     )
     weights = LiveWeights(engine, executor.device, scheduler.pages, settings, source)
-    return RunningEngine(engine, tokenizer, source, report, counter, weights)
+    return RunningEngine(engine, tokenizer, source, report, counter, weights, adapters)
+
+
+def _load_first(adapters: AdapterLoader, config: EngineConfig) -> None:
+    """Raises ConfigError."""
+    for name, folder in config.lora:
+        try:
+            adapters.load(name, folder)
+        except InvalidRequest as error:
+            raise ConfigError(f"--lora {name}={folder}: {error}") from error
 
 
 def open_generator(model: str) -> ModelSource:
@@ -218,6 +244,7 @@ def program_spec(settings: EngineSettings) -> ProgramSpec:
         device=settings.device,
         sharding=settings.sharding,
         compiler_options=settings.compiler_options,
+        place=settings.abstract_adapters(1),
     )
 
 
@@ -230,8 +257,18 @@ def memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 
         slots_bytes=bytes_per_device(arrays.slots),
         temp_bytes=temp_bytes,
         available_bytes=free_bytes,
+        adapters_bytes=bytes_per_device((arrays.adapters, settings.abstract_adapters(1))),
         num_pages=settings.scheduler.num_pages,
     )
+
+
+def _write_no_adapter(settings: EngineSettings, device: StepDevice) -> None:
+    """Runs the program that writes an adapter, if there is one."""
+    shapes = settings.abstract_adapters(1)
+    if shapes is None:
+        return
+    zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in flatten(shapes).items()}
+    device.write_adapter(1, place_leaves(zeros, make_place(settings)))
 
 
 def _run_first_steps(settings: EngineSettings, executor: AnyExecutor) -> None:

@@ -31,7 +31,7 @@ from models.ops.tensor_shard import TensorShard
 from models.registry import get_family
 
 Params = Any
-"""The model's pytree of weights."""
+"""The model's pytree of weights; with the pool of adapters as `adapters`, if there is one."""
 
 StepFunction = Callable[
     [Params, jax.Array, SlotState, jax.Array], tuple[jax.Array, SlotState, jax.Array]
@@ -71,6 +71,7 @@ def make_step(
             attend,
             shard=shard,
             num_live=_num_live(work.row_slots < layout.num_slots),
+            adapter_of_row=adapter_of_row(layout, params, parts, slots),
         )
         outputs = draw(config, layout, params, x, parts, slots, shard)
         return kv_pool, record(layout, parts, slots, outputs), outputs
@@ -83,6 +84,16 @@ def input_tokens(layout: StepLayout, parts: Mapping[str, jax.Array], slots: Slot
     from_slot = parts["tokens"] == TAKE_FROM_SLOT
     live_slots = jnp.minimum(parts["row_slots"], layout.num_slots - 1)
     return jnp.where(from_slot, slots.last_token[live_slots], parts["tokens"])
+
+
+def adapter_of_row(
+    layout: StepLayout, params: Params, parts: Mapping[str, jax.Array], slots: SlotState
+) -> jax.Array | None:
+    """The adapter of each row, int32 `[T]`, 0 for none; None if there is no room for any."""
+    if "adapters" not in params:
+        return None
+    adapters: jax.Array = slots.adapter[jnp.minimum(parts["row_slots"], layout.num_slots - 1)]
+    return adapters
 
 
 def paged_attend(

@@ -26,6 +26,8 @@ class StepArrays:
     between_stages: Any
     """In a pipeline, the rows that each stage has got from the one before: `[D, P, T, E]` for T
     rows of the largest bucket. None without stages."""
+    adapters: Any
+    """The pool of adapters (`models.adapter_pool`), None without room for any. Steps read it."""
 
 
 def abstract_arrays(settings: EngineSettings) -> StepArrays:
@@ -39,6 +41,7 @@ def abstract_arrays(settings: EngineSettings) -> StepArrays:
             jax.ShapeDtypeStruct(pool, dtype),
             slot_state_shapes(scheduler.max_num_seqs, config.vocab_size),
             None,
+            settings.abstract_adapters(),
         )
     config, num_replicas = sharding.served_config, sharding.shape.data
     num_layers, num_pages, *rest = kv_pool_shape(
@@ -58,6 +61,7 @@ def abstract_arrays(settings: EngineSettings) -> StepArrays:
             slots,
         ),
         None if sharding.shape.stage == 1 else _between_stages(settings, sharding),
+        settings.abstract_adapters(),
     )
 
 
@@ -72,7 +76,7 @@ def _between_stages(settings: EngineSettings, sharding: ModelSharding) -> jax.Sh
 
 
 def allocate(settings: EngineSettings) -> StepArrays:
-    """The KV pool and the slots, zeroed."""
+    """The KV pool, the slots and the pool of adapters, zeroed."""
     abstract = abstract_arrays(settings)
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -80,6 +84,8 @@ def allocate(settings: EngineSettings) -> StepArrays:
             array: jax.Array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
         return array
 
-    arrays = jax.tree.map(zeros, (abstract.kv_pool, abstract.slots, abstract.between_stages))
+    arrays = jax.tree.map(
+        zeros, (abstract.kv_pool, abstract.slots, abstract.between_stages, abstract.adapters)
+    )
     jax.block_until_ready(arrays)
     return StepArrays(*arrays)

@@ -15,6 +15,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxserve.engine.compilation import Programs
 from jaxserve.engine.step import Params
 from jaxserve.engine.step_arrays import StepArrays
+from models.adapter_pool import AdapterPool
 
 
 class StepDevice:
@@ -23,7 +24,8 @@ class StepDevice:
     Args:
         programs: compiled ahead of time.
         params: weights; an argument of the step, so a swap never recompiles.
-        arrays: KV pool, slots and rows between stages; donated to every step.
+        arrays: KV pool, slots and rows between stages, donated to every step; the pool of
+            adapters, an argument like the weights.
     """
 
     def __init__(self, programs: Programs, params: Params, arrays: StepArrays) -> None:
@@ -32,11 +34,12 @@ class StepDevice:
         self.kv_pool = arrays.kv_pool
         self.slots = arrays.slots
         self._between_stages = arrays.between_stages
+        self._adapters = arrays.adapters
 
     @property
     def arrays(self) -> StepArrays:
         """As they are after what has been dispatched."""
-        return StepArrays(self.kv_pool, self.slots, self._between_stages)
+        return StepArrays(self.kv_pool, self.slots, self._between_stages, self._adapters)
 
     def load_slot(self, vectors: np.ndarray) -> None:
         """Loads a slot of each replica: int32 `[D, load_layout.size]`."""
@@ -49,6 +52,14 @@ class StepDevice:
         allowed_mask = self.programs.load_masks(self.slots.allowed_mask, placed)
         self.slots = replace(self.slots, allowed_mask=allowed_mask)
 
+    def write_adapter(self, index: int, adapter: AdapterPool) -> None:
+        """Writes an adapter of one place into place `index` of the pool, counted from 1."""
+        write = self.programs.write_adapter
+        if write is None:
+            raise ValueError("there is no pool of adapters")
+        place = jax.device_put(np.int32(index - 1), self.programs.place_sharding)
+        self._adapters = write(self._adapters, adapter, place)
+
     def step(self, num_rows: int, vectors: np.ndarray) -> jax.Array:
         """Dispatches the step of a bucket: int32 `[D, P, layout.size]` to its outputs.
 
@@ -58,13 +69,14 @@ class StepDevice:
         program = self.programs.steps[num_rows]
         placed = self._put(vectors, self.programs.inputs_sharding)
         outputs: jax.Array
+        params = self.params
+        if self._adapters is not None:
+            params = {**params, "adapters": self._adapters}
         if self._between_stages is None:
-            self.kv_pool, self.slots, outputs = program(
-                self.params, self.kv_pool, self.slots, placed
-            )
+            self.kv_pool, self.slots, outputs = program(params, self.kv_pool, self.slots, placed)
         else:
             self.kv_pool, self.slots, self._between_stages, outputs = program(
-                self.params, self.kv_pool, self.slots, self._between_stages, placed
+                params, self.kv_pool, self.slots, self._between_stages, placed
             )
         outputs.copy_to_host_async()
         return outputs

@@ -62,6 +62,8 @@ class ServerConfig:
     """An HTTP client that takes nothing of its reply for so long is cut off."""
     tool_call_parser: str | None = None
     """How the model writes calls of tools, one of `FORMATS`. Without it tools are refused."""
+    lora_dir: Path | None = None
+    """Below it lie the adapters that clients may have loaded. None: they may have none loaded."""
     max_connection_age_s: float | None = None
     """Close connections after this time, so that clients balance anew."""
     degraded_after_s: float = 60.0
@@ -87,6 +89,8 @@ class ServerConfig:
                 "--otlp-endpoint must be a URL such as http://127.0.0.1:4318, not "
                 f"{self.otlp_endpoint!r}"
             )
+        if self.lora_dir is not None and not self.lora_dir.is_dir():
+            raise ConfigError(f"--lora-dir {self.lora_dir} is no folder")
         if not self.host:
             raise ConfigError("--host must be an address, e.g. 127.0.0.1")
         try:

@@ -216,6 +216,7 @@ def generate_request(
     *,
     request_id: str | None = None,
     cache_salt: str | None = None,
+    adapter: str | None = None,
     pacing: Pacing | None = None,
     **settings: Any,
 ) -> pb.GenerateRequest:
@@ -229,7 +230,7 @@ def generate_request(
         TypeError: a setting that does not exist.
         ValueError: a value that does not fit its field, such as a negative count.
     """
-    request = pb.GenerateRequest(request_id=request_id, **prompt_fields(prompt))
+    request = pb.GenerateRequest(request_id=request_id, adapter=adapter, **prompt_fields(prompt))
     if cache_salt is not None:
         request.cache.cache_salt = cache_salt
     if pacing is not None:

@@ -70,7 +70,7 @@ def create_grpc_server(
     check_rules(file.services_by_name[name] for file, name in _SERVICES)
     inference = InferenceServicer(state, workers, door, config.pacing)
     inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
-    control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(state), server)
+    control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(state, config.lora_dir), server)
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
     if config.reflection:
         names = [

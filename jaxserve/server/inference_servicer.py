@@ -147,6 +147,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             sampling=sampling,
             deadline_s=deadline_s,
             cache_salt=request.cache.cache_salt,
+            adapter=request.adapter,
             grammar=grammar,
         )
 

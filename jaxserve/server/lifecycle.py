@@ -191,6 +191,7 @@ def _serving_of_generator(running: RunningEngine) -> Serving:
         weights_name=lambda: running.weights.name,
         weight_swaps=lambda: running.weights.swaps,
         grammars=running.engine.grammars,
+        adapters=running.adapters,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.engine.weight_swaps import WeightSwaps
 from jaxserve.errors import (
+    AdapterNotFound,
     EngineLost,
     Forbidden,
     InvalidRequest,
@@ -22,6 +23,7 @@ from jaxserve.errors import (
 from jaxserve.server.prompt_limits import PromptLimits
 
 if TYPE_CHECKING:
+    from jaxserve.engine.adapter_loader import AdapterLoader
     from jaxserve.engine.async_engine import AsyncEngine
     from jaxserve.engine.engine_core import EngineCore
     from jaxserve.engine.grammar.compiler import GrammarCompiler
@@ -54,6 +56,7 @@ class Refusal(StrEnum):
 
 
 _REFUSALS = {
+    AdapterNotFound: Refusal.INVALID,
     InvalidRequest: Refusal.INVALID,
     OverLimit: Refusal.OVER_LIMIT,
     QueueFull: Refusal.QUEUE_FULL,
@@ -107,6 +110,22 @@ class Serving:
     """Of the engine; None for an encoder, which generates nothing to constrain."""
     label_texts: tuple[str, ...] = ()
     """Of a model that classifies: one a label."""
+    adapters: AdapterLoader | None = None
+    """Of the engine; None for one that can have no adapters."""
+
+    def adapter_names(self) -> tuple[str, ...]:
+        """Adapters that are loaded."""
+        if self.adapters is None:
+            return ()
+        return tuple(one.name for one in self.adapters.names.all())
+
+    def require_adapters(self) -> AdapterLoader:
+        """Raises NotSupported if there can be none."""
+        if self.adapters is None or not self.adapters.max_loras:
+            raise NotSupported(
+                "this server has no room for adapters: start it with --max-loras or --lora"
+            )
+        return self.adapters
 
     def require_generation(self) -> None:
         """Raises NotSupported if the model is an encoder."""

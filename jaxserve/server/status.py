@@ -17,6 +17,7 @@ from jaxserve.engine.failure_log import log_failure
 from jaxserve.errors import (
     Forbidden,
     InvalidRequest,
+    NoRoomForAdapter,
     NotAccepting,
     NotFound,
     NotSupported,
@@ -45,6 +46,8 @@ async def end_with_status(context: Context, error: Exception, request_id: str = 
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
     if isinstance(error, NotSupported):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(error))
+    if isinstance(error, NoRoomForAdapter):
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     if isinstance(error, NotFound):
         await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
     if isinstance(error, Unauthenticated):

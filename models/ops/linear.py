@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from models.ops.packed import PackedKernel
 from models.ops.precision import matmul_precision
 from models.ops.quantized import quantized_matmul
+from models.ops.row_adapters import RowAdapters
 from models.ops.tensor_shard import TensorShard
 
 SPLIT_BY_INPUT = ("o_proj", "down_proj")
@@ -86,6 +87,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((out_features,), dtype))
         self.use_bias = use_bias
         self.adapter: Adapter | None = None
+        self.row_adapters: RowAdapters | None = None
         self.scale: KernelScale | None = None
         self.shard: TensorShard | None = None
         self.packed: LayerKernel | None = None
@@ -98,6 +100,9 @@ class Linear(nnx.Module):
             out = jnp.matmul(x, kernel, precision=matmul_precision(kernel.dtype))
         else:
             out = quantized_matmul(x, self.kernel[...], self.scale.values)
+        if self.row_adapters is not None:
+            # Before the sum: what a device adds is a partial sum, too.
+            out = self.row_adapters.add_to(out, x)
         if self.shard is not None:
             out = self.shard.sum(out)
         if self.use_bias:

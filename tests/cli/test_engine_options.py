@@ -14,6 +14,7 @@ from jaxserve.cli.engine_options import (
     ENGINE_OPTIONS,
     parse_buckets,
     parse_byte_size,
+    parse_lora,
     with_engine_options,
 )
 from jaxserve.engine.config import EngineConfig
@@ -57,6 +58,7 @@ def test_every_option_reaches_its_field() -> None:
         "--watermark 0.1 --max-queued-requests 5 --max-queued-tokens 99 --no-prefix-caching "
         "--mesh tensor=2,data=2 --virtual-devices 4 "
         "--weights-format native --kernels native "
+        "--lora a=adapters/a --lora b-2=b --max-loras 3 --max-lora-rank 8 "
         "--attention reference --compilation-cache-dir cache --port 7"
     )
     expected = EngineConfig(
@@ -83,6 +85,9 @@ def test_every_option_reaches_its_field() -> None:
         attention="reference",
         mesh=MeshShape(data=2, tensor=2),
         virtual_devices=4,
+        lora=(("a", Path("adapters/a")), ("b-2", Path("b"))),
+        max_loras=3,
+        max_lora_rank=8,
         compilation_cache_dir=Path("cache"),
     )
     config, port = parse(*arguments.split())
@@ -103,6 +108,9 @@ def test_a_bad_value_names_its_option() -> None:
         parse("--kernels", "cuda")
     with pytest.raises(ConfigError, match="--weights-format must be one of float, native"):
         parse("--weights-format", "gguf")
+    for text in ("sql", "=a", "sql="):
+        with pytest.raises(typer.BadParameter, match="NAME=FOLDER"):
+            parse_lora(text)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_advertised_fields_are_what_generate_accepts(service):
         "token_ids.ids",
         "chat.messages",
         "cache.cache_salt",
+        "adapter",
         "pacing.flush_ms",
         "pacing.flush_tokens",
         "pacing.pad_bytes",

@@ -391,6 +391,7 @@ class StepDraft:
                 prompt_token_ids=request.generation.prompt_token_ids,
                 output_token_ids=tuple(request.output_token_ids),
                 stop_token_ids=tuple(sorted(request.stop_token_ids)),
+                adapter_index=request.adapter_index,
             )
         )
 

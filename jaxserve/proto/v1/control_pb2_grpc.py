@@ -49,6 +49,21 @@ class ControlStub:
                 request_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/jaxserve.v1.Control/LoadAdapter',
+                request_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/jaxserve.v1.Control/UnloadAdapter',
+                request_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/jaxserve.v1.Control/ListAdapters',
+                request_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -75,6 +90,31 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """For administrators. They need a server with room for adapters
+        (--max-loras, --lora), else UNIMPLEMENTED.
+
+        Takes an adapter from a folder below the server's --lora-dir. Requests of its
+        name get it from then on; those that run on an earlier one of the name go on
+        with that. FAILED_PRECONDITION: all places are taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """New requests of its name are refused; those that run go on. NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +132,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.GetLoadRequest.FromString,
                     response_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=jaxserve_dot_proto_dot_v1_dot_control__pb2.ListAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +230,87 @@ class Control:
             '/jaxserve.v1.Control/GetLoad',
             jaxserve_dot_proto_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
             jaxserve_dot_proto_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/LoadAdapter',
+            jaxserve_dot_proto_dot_v1_dot_control__pb2.LoadAdapterRequest.SerializeToString,
+            jaxserve_dot_proto_dot_v1_dot_control__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/UnloadAdapter',
+            jaxserve_dot_proto_dot_v1_dot_control__pb2.UnloadAdapterRequest.SerializeToString,
+            jaxserve_dot_proto_dot_v1_dot_control__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Control/ListAdapters',
+            jaxserve_dot_proto_dot_v1_dot_control__pb2.ListAdaptersRequest.SerializeToString,
+            jaxserve_dot_proto_dot_v1_dot_control__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

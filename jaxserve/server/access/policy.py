@@ -16,10 +16,16 @@ class Access(Enum):
     ANY_KEY = auto()
     INFERENCE = auto()
     METRICS = auto()
+    ADMIN = auto()
 
 
 ROLES: Mapping[Access, Role | None] = MappingProxyType(
-    {Access.ANY_KEY: None, Access.INFERENCE: Role.INFERENCE, Access.METRICS: Role.METRICS}
+    {
+        Access.ANY_KEY: None,
+        Access.INFERENCE: Role.INFERENCE,
+        Access.METRICS: Role.METRICS,
+        Access.ADMIN: Role.ADMIN,
+    }
 )
 """The role that a key must have; None takes any key."""
 
@@ -33,6 +39,9 @@ GRPC_ACCESS: Mapping[str, Access] = MappingProxyType(
         "/jaxserve.v1.Control/GetServerInfo": Access.ANY_KEY,
         "/jaxserve.v1.Control/GetModelInfo": Access.ANY_KEY,
         "/jaxserve.v1.Control/GetLoad": Access.METRICS,
+        "/jaxserve.v1.Control/LoadAdapter": Access.ADMIN,
+        "/jaxserve.v1.Control/UnloadAdapter": Access.ADMIN,
+        "/jaxserve.v1.Control/ListAdapters": Access.ADMIN,
         "/grpc.health.v1.Health/Check": Access.OPEN,
         "/grpc.health.v1.Health/Watch": Access.OPEN,
         "/grpc.health.v1.Health/List": Access.OPEN,

@@ -17,6 +17,8 @@ class Role(StrEnum):
     """Text, embeddings, tokens; aborting one's own requests."""
     METRICS = "metrics"
     """What all tenants together do: `/metrics` and GetLoad."""
+    ADMIN = "admin"
+    """Which adapters are loaded."""
 
 
 KeyDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -66,9 +66,10 @@ class Questions:
         sampling: SamplingParams,
         request_id: str,
         grammar: Grammar | None,
+        adapter: str,
     ) -> Questions:
         """Raises InvalidRequest when they would be too many. `grammar` is of
-        `sampling.constraint`."""
+        `sampling.constraint`; `adapter` is empty for the model alone."""
         num_choices = body.n or 1
         total = len(prompts) * num_choices
         if total > MAX_CHOICES:
@@ -85,6 +86,7 @@ class Questions:
                     prompt_token_ids=tuple(prompts[prompt]),
                     sampling=of_choice,
                     cache_salt=body.cache_salt or "",
+                    adapter=adapter,
                     grammar=grammar,
                 )
             )

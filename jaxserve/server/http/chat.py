@@ -12,7 +12,7 @@ from jaxserve.server.http.chat_form import ChatForm
 from jaxserve.server.http.response_format import constraint_names, with_constraint
 from jaxserve.server.http.sampling import chat_sampling
 from jaxserve.server.http.schema import ChatRequest
-from jaxserve.server.http.service import HttpService, in_client_words
+from jaxserve.server.http.service import HttpService, adapter_of, in_client_words
 from jaxserve.server.http.tools import tool_use
 from jaxserve.server.http.turns import encode_messages
 from jaxserve.server.prompt_limits import check_cache_salt
@@ -33,10 +33,11 @@ async def chat(service: HttpService, request: Request) -> Response:
         described = None if tools is None else tools.described
         token_ids = await encode_messages(body.messages, serving, service, described)
         request_id = request.state.request_id
-        questions = Questions.of(body, [token_ids], sampling, request_id, grammar)
+        adapter = adapter_of(body, serving)
+        questions = Questions.of(body, [token_ids], sampling, request_id, grammar, adapter)
         form = ChatForm(
             id=f"chatcmpl-{request_id}",
-            model=serving.card.name,
+            model=adapter or serving.card.name,
             weights=serving.weights_name(),
             num_choices=questions.num_choices,
             tells_token_ids=bool(body.return_token_ids),

@@ -20,7 +20,7 @@ from jaxserve.server.http.prompts import as_prompts, encode_prompts
 from jaxserve.server.http.replies import CompletionChoice, Usage
 from jaxserve.server.http.sampling import completion_sampling
 from jaxserve.server.http.schema import CompletionRequest
-from jaxserve.server.http.service import HttpService, in_client_words
+from jaxserve.server.http.service import HttpService, adapter_of, in_client_words
 from jaxserve.server.prompt_limits import check_cache_salt
 from models.token_bytes import TokenBytes
 
@@ -43,10 +43,11 @@ async def complete(service: HttpService, request: Request) -> Response:
         )
         token_ids = await encode_prompts("prompt", prompts, serving, encode, service.workers)
         request_id = request.state.request_id
-        questions = Questions.of(body, token_ids, sampling, request_id, grammar)
+        adapter = adapter_of(body, serving)
+        questions = Questions.of(body, token_ids, sampling, request_id, grammar, adapter)
         form = _Form(
             id=f"cmpl-{request_id}",
-            model=serving.card.name,
+            model=adapter or serving.card.name,
             weights=serving.weights_name(),
             tells_token_ids=bool(body.return_token_ids),
             token_bytes=None if body.logprobs is None else TokenBytes(serving.tokenizer),

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from jaxserve.server.access.policy import Access
 from jaxserve.server.http import (
+    adapters,
     chat,
     classify,
     completions,
@@ -26,7 +27,9 @@ from jaxserve.server.http.schema import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    LoadAdapterRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 from jaxserve.server.http.service import HttpService
 
@@ -96,7 +99,7 @@ ENDPOINTS = (
     Endpoint(
         "GET",
         "/v1/models",
-        "The model",
+        "The model and its adapters",
         information.list_models,
         replies.Models,
         access=Access.ANY_KEY,
@@ -108,6 +111,24 @@ ENDPOINTS = (
         information.get_model,
         replies.Model,
         access=Access.ANY_KEY,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/load_lora_adapter",
+        "Load an adapter, for administrators",
+        adapters.load,
+        replies.LoadedAdapter,
+        LoadAdapterRequest,
+        access=Access.ADMIN,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/unload_lora_adapter",
+        "Unload an adapter, for administrators",
+        adapters.unload,
+        replies.UnloadedAdapter,
+        UnloadAdapterRequest,
+        access=Access.ADMIN,
     ),
     Endpoint(
         "POST",

@@ -21,7 +21,9 @@ from jaxserve.errors import (
     Forbidden,
     InvalidRequest,
     JaxserveError,
+    NoRoomForAdapter,
     NotAccepting,
+    NotFound,
     NotSupported,
     OverLimit,
     QueueFull,
@@ -94,6 +96,10 @@ def reply_to(error: Exception, request_id: str) -> ErrorReply:
         return ErrorReply(400, "invalid_request_error", "invalid_value", message, error.field)
     if isinstance(error, NotSupported):
         return ErrorReply(400, "invalid_request_error", "unsupported_model", message, "model")
+    if isinstance(error, NotFound):
+        return ErrorReply(404, "invalid_request_error", "model_not_found", message, "model")
+    if isinstance(error, NoRoomForAdapter):
+        return ErrorReply(409, "invalid_request_error", "no_room_for_adapter", message)
     if isinstance(error, QueueFull):
         code = "rate_limit_exceeded" if isinstance(error, OverLimit) else "queue_full"
         wait_s = error.retry_after_s

@@ -47,6 +47,7 @@ class HttpServer:
             door,
             config.pacing,
             config.tool_call_parser,
+            config.lora_dir,
         )
         self._tls = tls
         app = make_app(

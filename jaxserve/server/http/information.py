@@ -10,38 +10,36 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import jaxserve
 from jaxserve.server.engine_collector import EngineCollector
-from jaxserve.server.http.errors import HttpRefusal
 from jaxserve.server.http.replies import LoadReport, Model, Models, Version
-from jaxserve.server.http.service import HttpService
+from jaxserve.server.http.service import HttpService, check_model_name
 from jaxserve.server.load import load_of
 from jaxserve.server.state import Phase, Serving
 from jaxserve.server.tenant_collector import TenantCollector
 
 
 async def list_models(service: HttpService, _: Request) -> Response:
-    reply: Models = {
-        "object": "list",
-        "data": [_model(service, service.state.require_serving())],
-    }
+    serving = service.state.require_serving()
+    names = (serving.card.name, *serving.adapter_names())
+    reply: Models = {"object": "list", "data": [_model(service, serving, name) for name in names]}
     return JSONResponse(reply)
 
 
 async def get_model(service: HttpService, request: Request) -> Response:
     serving = service.state.require_serving()
-    if request.path_params["model"] != serving.card.name:
-        raise HttpRefusal(
-            404, "model_not_found", "model", f"is not served here; {serving.card.name} is"
-        )
-    return JSONResponse(_model(service, serving))
+    name = request.path_params["model"]
+    check_model_name(name, serving)
+    return JSONResponse(_model(service, serving, name))
 
 
-def _model(service: HttpService, serving: Serving) -> Model:
+def _model(service: HttpService, serving: Serving, name: str) -> Model:
+    """The model, or an adapter beside it."""
     return {
-        "id": serving.card.name,
+        "id": name,
         "object": "model",
         "created": int(time.time() - service.state.uptime_s),
         "owned_by": "jaxserve",
         "max_model_len": serving.card.max_model_len,
+        "parent": None if name == serving.card.name else serving.card.name,
     }
 
 

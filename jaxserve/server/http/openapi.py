@@ -22,6 +22,7 @@ _STATUSES = {
     "403": "The Host header names another server, or the API key is not good for this",
     "404": "There is no such path or model",
     "408": "The body came too slowly",
+    "409": "There is no room for another adapter",
     "413": "The body is too large",
     "415": "The body is not application/json",
     "429": "The queue is full, or a limit of the key is reached: try again after Retry-After",

@@ -204,6 +204,21 @@ class Model(TypedDict):
     owned_by: str
     max_model_len: int
     """Most tokens of a prompt and its answer together."""
+    parent: str | None
+    """Of an adapter: the model that it lies beside."""
+
+
+class LoadedAdapter(TypedDict):
+    id: str
+    object: Literal["adapter"]
+    rank: int
+    digest: str
+    """SHA-256 of its numbers as they are served."""
+
+
+class UnloadedAdapter(TypedDict):
+    id: str
+    object: Literal["adapter.unloaded"]
 
 
 class Models(TypedDict):

@@ -29,7 +29,7 @@ class Body(BaseModel):
 
 class ModelField(Body):
     model: str | None = None
-    """As `/v1/models` names it. Absent: the model that is served."""
+    """As `/v1/models` names it: the model or an adapter. Absent: the model that is served."""
 
 
 class SamplingFields(Body):
@@ -271,6 +271,17 @@ class TokenizeRequest(ModelField):
 
 class DetokenizeRequest(ModelField):
     tokens: list[int]
+
+
+class LoadAdapterRequest(Body):
+    lora_name: str
+    """1 to 128 letters, digits, dots, hyphens and underscores."""
+    lora_path: str
+    """Of its folder, relative to the server's --lora-dir."""
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: str
 
 
 REFUSED_FIELDS = {

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -43,6 +44,8 @@ class HttpService:
     """Of all streams; a request can only ask for a coarser one."""
     tool_call_parser: str | None = None
     """Which of `FORMATS` the model's tool calls are read as; without it tools are refused."""
+    lora_dir: Path | None = None
+    """Below it lie the adapters that clients may have loaded."""
 
     async def read(self, request: Request, body_class: type[_B]) -> _B:
         """The checked body. Raises InvalidRequest naming the field."""
@@ -103,11 +106,23 @@ class HttpService:
 
 
 def _check_model(body: ModelField, serving: Serving) -> Serving:
-    if body.model not in (None, serving.card.name):
-        raise HttpRefusal(
-            404, "model_not_found", "model", f"is not served here; {serving.card.name} is"
-        )
+    check_model_name(body.model, serving)
     return serving
+
+
+def check_model_name(name: str | None, serving: Serving) -> None:
+    """Raises HttpRefusal unless it is the model's or an adapter's."""
+    names = (serving.card.name, *serving.adapter_names())
+    if name is not None and name not in names:
+        served = "is" if len(names) == 1 else "are"
+        raise HttpRefusal(
+            404, "model_not_found", "model", f"is not served here; {', '.join(names)} {served}"
+        )
+
+
+def adapter_of(body: ModelField, serving: Serving) -> str:
+    """The adapter that the body names as its model; empty for the model alone."""
+    return "" if body.model in (None, serving.card.name) else str(body.model)
 
 
 def _request_id(request: Request) -> str:

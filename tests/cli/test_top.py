@@ -21,8 +21,11 @@ from jaxserve.cli.top_view import sparkline
 from jaxserve.errors import ConfigError, Forbidden, NotAccepting
 from jaxserve.load_window import LoadWindow, quantile
 from jaxserve.proto.v1 import control_pb2 as pb
+from jaxserve.server.tls import TlsFiles
+from tests.security.certificates import issue, make_ca
 from tests.security.keys import KEYS, keyed_service, write_keys
 from tests.server.conftest import make_service, service
+from tests.server.scripted_service import start_service
 
 __all__ = ["make_service", "service"]
 
@@ -38,7 +41,7 @@ def values(*arguments: str):
 
 
 def test_one_window_of_a_busy_server(service):
-    service.executor.step_s = 0.01
+    service.executor.step_s = 0.05
     calls = [service.client.generate("hello", max_tokens=480) for _ in range(4)]
     streams = [threading.Thread(target=list, args=(call,)) for call in calls]
     for stream in streams:
@@ -75,6 +78,21 @@ def test_a_key_needs_the_role(tmp_path):
         # `watcher` is good for figures alone, and model and state are for any key.
         key = ["--api-key-file", str(tmp_path / "watcher"), "--server", service.address]
         assert values(*key)["server"]["state"] == "ready"
+    finally:
+        service.close()
+
+
+def test_over_tls_with_a_certificate_of_its_own(tmp_path):
+    ca = make_ca("test CA")
+    ca_file, _ = ca.write(tmp_path, "ca")
+    server, client = (issue(name, ca).write(tmp_path, name) for name in ("server", "client"))
+    service = start_service(server_settings={"tls": TlsFiles(*server, ca_file)})
+    service.make_ready()
+    try:
+        trusting = ["--server", service.address, "--tls-ca", str(ca_file)]
+        own = ["--tls-certificate", str(client[0]), "--tls-key", str(client[1])]
+        assert values(*trusting, *own)["model"]["name"] == "script"
+        assert isinstance(run(*trusting).exception, NotAccepting)
     finally:
         service.close()
 

@@ -27,11 +27,11 @@ def test_totals_and_histograms_count_what_was_served(service):
 def test_the_age_of_the_queue_is_that_of_its_first(service):
     service.executor.gate.clear()
     calls = [service.client.generate("x", max_tokens=2) for _ in range(6)]
-    wait_for(lambda: service.num_streams() == 6)
+    wait_for(lambda: service.num_streams() == 6, 30)
     # Four can run, so two wait at least; the device does not move.
     before_s = service.client.load().oldest_waiting_s
     assert before_s > 0
-    wait_for(lambda: service.client.load().oldest_waiting_s > before_s + 0.05)
+    wait_for(lambda: service.client.load().oldest_waiting_s > before_s + 0.05, 30)
     service.executor.gate.set()
     for call in calls:
         list(call)

@@ -12,11 +12,10 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from jaxserve.errors import ConfigError
-from jaxserve.proto.v1 import inference_pb2
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.convert import generate_request
 from jaxserve.server.lifecycle import Server
-from tests.security.keys import bearer, keyed_service, write_keys
+from tests.security.keys import bearer, client_of, keyed_service, write_keys
 from tests.server.http.raw_http import post
 from tests.server.scripted_service import start_service, wait_for
 
@@ -123,14 +122,14 @@ def test_what_never_ran_has_waited_and_a_tenant_has_its_name(collector, tmp_path
     try:
         assert post(service, "/v1/completions", {"prompt": "x"}, bearer("alpha"))[0] == 200
         service.executor.gate.clear()
-        stub = service.client._inference
-        metadata = tuple(bearer("beta").items())
-        request = inference_pb2.GenerateRequest(text=inference_pb2.TextPrompt(text="x"))
-        calls = [stub.Generate(request, metadata=metadata) for _ in range(6)]
-        wait_for(lambda: service.num_streams() == 6, 30)
-        for call in calls:
-            call.cancel()
-        service.executor.gate.set()
+        with client_of(service, "beta") as client:
+            calls = [client.generate("x", request_id=f"r{index}") for index in range(6)]
+            wait_for(lambda: service.num_streams() == 6, 30)
+            # Four can run, so two wait when their ends have come to the engine.
+            assert all(client.abort(f"r{index}") for index in range(6))
+            service.executor.gate.set()
+            for call in calls:
+                list(call)
         service.assert_idle(30)
     finally:
         service.close()

@@ -135,7 +135,7 @@ def test_what_a_model_says_stays_text(page, plain):
 
 
 def test_stop_ends_the_request_on_the_server(page, plain):
-    plain.executor.step_s = 0.02
+    plain.executor.step_s = 0.1
     for stop in (
         lambda: find(page, "stop").click(),
         lambda: find(page, "prompt").send_keys(Keys.ESCAPE),
@@ -151,7 +151,7 @@ def test_stop_ends_the_request_on_the_server(page, plain):
 
 
 def test_charts_show_the_load(page, plain):
-    plain.executor.step_s = 0.02
+    plain.executor.step_s = 0.1
     until(page, lambda: chart_values(page).get("Requests running") == "0")
     say(page, "go on", max_tokens=400)
     until(page, lambda: chart_values(page)["Requests running"] == "1")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from tools.policy_evaluation.cells import Cells, UnfinishedError
 from tools.policy_evaluation.ladder import Ladder
 from tools.policy_evaluation.rig import Rig
-from tools.policy_evaluation.verdict import MAX_SPREAD, Readings
+from tools.policy_evaluation.verdict import MAX_SPREAD, NoiseMeter, Readings
 
 NO_RIG = cast(Rig, None)
 """Kept cells need no engine."""
@@ -37,6 +38,47 @@ def test_a_kept_cell_is_not_measured_again(tmp_path: Path) -> None:
     # Cells of another part are not this one's.
     with pytest.raises(UnfinishedError):
         Cells(NO_RIG, "sl8", tmp_path, last_start_s=0.0).get("a", pytest.fail)
+
+
+@dataclass
+class ScriptedMeter(NoiseMeter):
+    """Reads a busy machine the first two times, then a quiet one."""
+
+    num_made: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        ScriptedMeter.num_made += 1
+
+    def sample(self, repeats: int = 12, *, whole_repeats: int = 2) -> None:
+        """No step is timed."""
+
+    def readings(self) -> Readings:
+        return readings(0.050, 0.090 if ScriptedMeter.num_made < 3 else 0.051)
+
+
+@pytest.mark.parametrize(("is_basis", "num_measured"), [(True, 3), (False, 1)])
+def test_nothing_kept_rests_on_a_void_basis(
+    tmp_path: Path, is_basis: bool, num_measured: int
+) -> None:
+    """A basis is measured until it can be kept; another cell once, and the next run tries again."""
+    ScriptedMeter.num_made = 0
+    cells = Cells(NO_RIG, "sl9", tmp_path, make_meter=ScriptedMeter)
+    assert cells.get("a", lambda _: {"key": "a"}, is_basis=is_basis) == {"key": "a"}
+    assert ScriptedMeter.num_made == num_measured
+    assert bool(cells.noise().void_reasons()) != is_basis
+    assert (tmp_path / "sl9.a.json").exists() == is_basis
+
+
+def test_a_basis_that_is_void_ends_the_run_when_time_is_up(tmp_path: Path) -> None:
+    ScriptedMeter.num_made = 0
+    cells = Cells(NO_RIG, "sl9", tmp_path, time.monotonic() + 60, make_meter=ScriptedMeter)
+
+    def last(_: NoiseMeter) -> dict[str, Any]:
+        cells.last_start_s = 0.0
+        return {}
+
+    with pytest.raises(UnfinishedError, match="sl9: a "):
+        cells.get("a", last, is_basis=True)
 
 
 def test_the_noise_is_that_of_all_cells_together(tmp_path: Path) -> None:

@@ -38,12 +38,14 @@ class Cells:
     Args:
         folder: None keeps nothing.
         last_start_s: no cell is begun later, on the monotonic clock.
+        make_meter: what reads the machine around a cell.
     """
 
     rig: Rig
     part: str
     folder: Path | None = None
     last_start_s: float = float("inf")
+    make_meter: Callable[[Rig], NoiseMeter] = NoiseMeter
     _readings: list[Readings] = field(default_factory=list)
 
     def get(self, key: str, measure: Measure, *, is_basis: bool = False) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class Cells:
         return figures
 
     def _measured(self, measure: Measure) -> tuple[dict[str, Any], Readings]:
-        meter = NoiseMeter(self.rig)
+        meter = self.make_meter(self.rig)
         meter.sample(_REPEATS, whole_repeats=0)
         figures = measure(meter)
         meter.sample(_REPEATS, whole_repeats=0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 
-from jaxserve.cli.log_format import JsonLines
+import pytest
+
+from jaxserve.cli.log_format import JsonLines, LogFormat, start_log
 
 
 def _line(message: str, *arguments: object, exc_info=None) -> str:
@@ -29,3 +31,15 @@ def test_an_exception_is_a_field():
         line = _line("failed", exc_info=(KeyError, error, error.__traceback__))
     assert "KeyError" in json.loads(line)["exception"]
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("log_format", list(LogFormat))
+def test_the_log_goes_to_stderr(log_format, monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    start_log(log_format)
+    logging.getLogger("jaxserve.x").warning("it is %s", "late")
+    line = capsys.readouterr().err
+    if log_format is LogFormat.JSON:
+        assert json.loads(line)["message"] == "it is late"
+    else:
+        assert line == "WARNING jaxserve.x: it is late\n"

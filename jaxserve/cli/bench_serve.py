@@ -40,6 +40,15 @@ def serve(
             rich_help_panel=_LOAD,
         ),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Holds the API key, alone, that --server asks for. It is never given on the "
+            "command line, which other processes can read.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
     qps: Annotated[
         float | None,
         typer.Option(
@@ -132,6 +141,9 @@ def serve(
     from jaxserve.simulator.arrivals import ArrivalProcess
     from jaxserve.simulator.workloads import Lengths
 
+    if api_key_file is not None and server is None:
+        raise ConfigError("--api-key-file is for --server: a server of the run's own asks for none")
+    api_key = None if api_key_file is None else read_api_key(api_key_file)
     if (input_len is None) != (output_len is None):
         raise ConfigError("--input-len and --output-len go together")
     shape = LoadShape(
@@ -151,7 +163,7 @@ def serve(
         tbt_ms=goal_tbt_ms or engine_config.slo_tbt_ms,
     )
     with _server(server, engine_config) as address:
-        info, run = _measure(address, shape)
+        info, run = _measure(address, shape, api_key)
     summary = {
         "benchmark": "serve",
         "load": _load_values(shape),
@@ -181,12 +193,28 @@ def _server(address: str | None, config: EngineConfig) -> Iterator[str]:
         yield own
 
 
-def _measure(address: str, shape: LoadShape) -> tuple[control_pb2.GetModelInfoResponse, LoadRecord]:
+def read_api_key(path: Path) -> str:
+    """The only line of a file. Raises ConfigError, which never repeats it."""
+    try:
+        key = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--api-key-file {path} cannot be read ({type(error).__name__}): give a text file that "
+            "holds one key"
+        ) from None
+    if not key or any(not " " < letter < "\x7f" for letter in key):
+        raise ConfigError(f"--api-key-file {path} must hold one key and nothing else")
+    return key
+
+
+def _measure(
+    address: str, shape: LoadShape, api_key: str | None
+) -> tuple[control_pb2.GetModelInfoResponse, LoadRecord]:
     from jaxserve.client import Client
     from jaxserve.loadgen.generator import run_open_loop
     from jaxserve.loadgen.schedule import make_schedule
 
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         info = client.model_info()
     schedule = make_schedule(shape, info.max_model_len)
     console = Console(stderr=True)
@@ -201,6 +229,7 @@ def _measure(address: str, shape: LoadShape) -> tuple[control_pb2.GetModelInfoRe
             schedule,
             vocab_size=info.vocab_size,
             seed=shape.seed,
+            api_key=api_key,
             on_finished=lambda: bar.advance(task),
         )
     return info, run

@@ -20,6 +20,8 @@ from jaxserve.server import convert
 START_DELAY_S = 0.2
 """Between building the requests and the start of the schedule."""
 
+_Metadata = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class _Outgoing:
@@ -33,14 +35,20 @@ def run_open_loop(
     *,
     vocab_size: int,
     seed: int = 0,
+    api_key: str | None = None,
     on_finished: Callable[[], None] = lambda: None,
 ) -> LoadRecord:
     """Sends the schedule to a server and reads every answer to its end.
 
     Prompts are random token ids; answers are greedy and run to their full
     length. A request that fails is recorded with its gRPC status.
+
+    Args:
+        api_key: for a server that asks for one.
     """
-    return asyncio.run(_run(address, _outgoing(schedule, vocab_size, seed), on_finished))
+    metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    outgoing = _outgoing(schedule, vocab_size, seed)
+    return asyncio.run(_run(address, outgoing, metadata, on_finished))
 
 
 def _outgoing(schedule: Sequence[PlannedRequest], vocab_size: int, seed: int) -> list[_Outgoing]:
@@ -61,7 +69,10 @@ def _outgoing(schedule: Sequence[PlannedRequest], vocab_size: int, seed: int) ->
 
 
 async def _run(
-    address: str, outgoing: list[_Outgoing], on_finished: Callable[[], None]
+    address: str,
+    outgoing: list[_Outgoing],
+    metadata: _Metadata,
+    on_finished: Callable[[], None],
 ) -> LoadRecord:
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
@@ -75,7 +86,7 @@ async def _run(
             delay_s = start_s + one.record.planned.due_s - loop.time()
             if delay_s > 0:
                 await asyncio.sleep(delay_s)
-            tasks.append(asyncio.create_task(_send(stub, one, start_s, on_finished)))
+            tasks.append(asyncio.create_task(_send(stub, one, metadata, start_s, on_finished)))
         await asyncio.gather(*tasks)
         elapsed_s = loop.time() - start_s
     records = [one.record for one in outgoing]
@@ -83,11 +94,17 @@ async def _run(
     return LoadRecord(records, elapsed_s, health)
 
 
-async def _send(stub: Any, one: _Outgoing, start_s: float, on_finished: Callable[[], None]) -> None:
+async def _send(
+    stub: Any,
+    one: _Outgoing,
+    metadata: _Metadata,
+    start_s: float,
+    on_finished: Callable[[], None],
+) -> None:
     record, clock = one.record, asyncio.get_running_loop().time
     record.sent_s = clock() - start_s
     try:
-        async for message in stub.Generate(one.message):
+        async for message in stub.Generate(one.message, metadata=metadata):
             num_tokens = len(message.output.token_ids)
             if num_tokens:
                 record.message_s.append(clock() - start_s)

@@ -15,11 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxserve.cli.bench import app
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, Unauthenticated
 from jaxserve.loadgen.generator import run_open_loop
 from jaxserve.loadgen.schedule import PlannedRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.proto.v1 import inference_pb2_grpc
+from tests.security.keys import KEYS, keyed_service, write_keys
 from tests.server.tiny_model import CONTEXT, write_tiny_model
 
 
@@ -107,7 +108,30 @@ def test_bench_serve_starts_a_server_and_measures_it(
     assert figures["server"]["policy"] == "sarathi"
 
 
-def test_mistakes_are_named() -> None:
+def test_the_key_comes_from_a_file(tmp_path: Path) -> None:
+    service = keyed_service(write_keys(tmp_path / "keys.toml"))
+    try:
+        key = tmp_path / "key"
+        key.write_text(KEYS["alpha"] + "\n")
+        load = ("--num-requests", 2, "--input-len", 4, "--output-len", 4, "--qps", 50, "--json")
+        result = bench("--server", service.address, "--api-key-file", key, *load)
+        assert json.loads(result.stdout)["num_failed"] == 0, result.stderr
+        assert isinstance(bench("--server", service.address, *load).exception, Unauthenticated)
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize("content", ["", "two\nkeys", "a key", "schl\u00fcssel"])
+def test_a_file_without_one_key_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "key").write_text(content)
+    mistake = bench("--server", "127.0.0.1:1", "--api-key-file", tmp_path / "key").exception
+    assert isinstance(mistake, ConfigError)
+    assert "--api-key-file" in str(mistake)
+    assert not content or content not in str(mistake)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    assert isinstance(bench("--api-key-file", tmp_path).exception, ConfigError)
     mistake = bench("--server", "127.0.0.1:1", "--token-budget", 16).exception
     assert isinstance(mistake, ConfigError)
     assert "--token-budget" in str(mistake)

@@ -28,6 +28,17 @@ class InvalidRequest(JaxserveError):
         self.field = field
 
 
+class ConstraintFailed(InvalidRequest):
+    """A constraint that came to a limit in the middle of its answer.
+
+    Args:
+        why: the limit.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__("constraint", f"the answer cannot go on in the form asked for: {why}")
+
+
 class QueueFull(JaxserveError):
     """The bounded queue has no room; the client should retry later."""
 
@@ -63,6 +74,10 @@ class NotAccepting(JaxserveError):
 class EngineLost(NotAccepting):
     """What a running request needed is gone, such as a process that holds a part of the model.
     Another server may take it."""
+
+
+class OutOfMemory(EngineLost):
+    """The device had no memory to go on with a running request."""
 
 
 class NotSupported(JaxserveError):

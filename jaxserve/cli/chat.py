@@ -164,7 +164,9 @@ class Conversation:
                 typer.echo(output.text, nl=False)
                 sys.stdout.flush()
                 if output.finish_reason is FinishReason.ERROR:
-                    raise JaxserveError("the engine failed; the log above says where")
+                    raise output.failure or JaxserveError(
+                        "the engine failed; the log above says where"
+                    )
 
 
 def talk(conversation: Conversation) -> None:

@@ -15,13 +15,14 @@ from jaxserve.engine.engine_core import STEP_END_TIMEOUT_S, EngineCore, EngineSn
 from jaxserve.engine.grammar.compiler import GrammarCompiler
 from jaxserve.engine.grammar.masks import MaskWorker, RequestMasks
 from jaxserve.engine.loop import StepExecutor
+from jaxserve.engine.memory_recovery import MemoryRecovery
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputProcessor
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.replica_scheduler import ReplicaScheduler
 from jaxserve.engine.scheduler.scheduler import Scheduler
-from jaxserve.errors import ConfigError, InvalidRequest
+from jaxserve.errors import ConfigError, ConstraintFailed, InvalidRequest
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
@@ -50,10 +51,11 @@ class Engine(EngineCore):
         count_compiles: Callable[[], int] = lambda: 0,
         grammars: GrammarCompiler | None = None,
         max_loras: int = 0,
+        recovery: MemoryRecovery | None = None,
     ) -> None:
         """`count_compiles` returns the compilations since the engine was ready; `grammars`, which
         the engine then closes, may have begun to read the vocabulary; the executor's device has
-        room for `max_loras` adapters."""
+        room for `max_loras` adapters; `recovery` is of this scheduler and executor."""
         config = scheduler.config
         metrics = EngineMetrics()
         self.grammars = grammars or make_grammar_compiler(tokenizer, model_config)
@@ -69,6 +71,7 @@ class Engine(EngineCore):
             clock=clock,
             count_compiles=count_compiles,
             masks=self._mask_worker,
+            recovery=recovery,
         )
         self.adapters = AdapterNames(max_loras)
         self._entry = self.adapters.lock
@@ -174,9 +177,12 @@ class Engine(EngineCore):
         )
         if sampling.constraint is not None:
             grammar = request.grammar or self.grammars.compile(sampling.constraint)
-            on_stuck = partial(self._inbox.end_request, record, FinishReason.ERROR)
-            record.masks = RequestMasks(grammar, self._mask_worker, on_stuck)
+            record.masks = RequestMasks(grammar, self._mask_worker, partial(self._fail, record))
         return record
+
+    def _fail(self, record: Request, why: ConstraintFailed | None) -> None:
+        record.failure = why
+        self._inbox.end_request(record, FinishReason.ERROR)
 
     def _wake(self) -> None:
         """A mask is there. The inbox is younger than who calls this."""

@@ -25,6 +25,7 @@ from jaxserve.engine.loop import (
     StepExecutor,
     StepScheduler,
 )
+from jaxserve.engine.memory_recovery import MemoryRecovery
 from jaxserve.engine.metrics import EngineMetrics
 from jaxserve.engine.output import OutputSink
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
@@ -57,6 +58,9 @@ class EngineSnapshot:
     none. Large means that it hangs."""
     stalled_s: float | None
     """How long there has been work and no step of it has ended; None without work."""
+    is_recovering: bool
+    """The device had no memory for the last step, and there is work to do again."""
+    num_steps_out_of_memory: int
     mean_step_fill: float
     """Rows that carried a token, over rows computed; 0 before the first step."""
     compiles_after_ready: int
@@ -81,6 +85,7 @@ class EngineCore(ABC):
         clock: the engine's, in seconds.
         count_compiles: returns the compilations since the engine was ready.
         masks: of constrained requests, where there can be some.
+        recovery: None: a step without memory is a failure of the engine.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class EngineCore(ABC):
         clock: Callable[[], float],
         count_compiles: Callable[[], int],
         masks: PendingMasks | None = None,
+        recovery: MemoryRecovery | None = None,
     ) -> None:
         self.metrics = metrics
         self._scheduler = scheduler
@@ -103,7 +109,10 @@ class EngineCore(ABC):
         self._inbox = Inbox(
             max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens
         )
-        self._loop = EngineLoop(scheduler, executor, self._inbox, outputs, metrics, clock, masks)
+        self._loop = EngineLoop(
+            scheduler, executor, self._inbox, outputs, metrics, clock, masks, recovery
+        )
+        self._recovery = recovery
         self._entry: AbstractContextManager[Any] = nullcontext()
         """Held from when a request's record is made until the request is live."""
         self._failed = False
@@ -208,7 +217,8 @@ class EngineCore(ABC):
         num_queued, num_queued_tokens = self._inbox.num_queued
         metrics = self.metrics
         last_step_s, num_steps = metrics.last_step_s, metrics.num_steps
-        now_s = self._clock()
+        now_s, recovery = self._clock(), self._recovery
+        is_recovering = recovery is not None and recovery.num_in_a_row > 0
         return EngineSnapshot(
             accepting=self._inbox.accepting,
             failed=self._failed,
@@ -219,6 +229,8 @@ class EngineCore(ABC):
             last_step_age_s=None if last_step_s is None else now_s - last_step_s,
             step_in_flight_s=self._loop.step_in_flight_s(now_s),
             stalled_s=self._loop.stalled_s(now_s),
+            is_recovering=is_recovering and self._scheduler.has_work,
+            num_steps_out_of_memory=0 if recovery is None else recovery.num_failures,
             mean_step_fill=metrics.num_step_tokens / max(1, metrics.num_step_rows),
             compiles_after_ready=self._count_compiles(),
         )

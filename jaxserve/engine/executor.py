@@ -11,6 +11,10 @@ from typing import Protocol
 from jaxserve.engine.plan import StepPlan, StepResults
 
 
+class StepOutOfMemory(RuntimeError):
+    """The device had no memory for a step. What it kept for the steps in flight may be lost."""
+
+
 class Executor(Protocol):
     """Runs plans in the order in which they are submitted."""
 

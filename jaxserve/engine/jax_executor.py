@@ -58,6 +58,15 @@ class JaxExecutor:
         outputs = self.device.step(num_rows, self._packers.vectors([step], num_rows))
         self._in_flight.append((plan, outputs))
 
+    def restart(self) -> None:
+        """Forgets the plans in flight and what the device keeps for requests.
+
+        Raises StepOutOfMemory if there is no memory for the KV pool.
+        """
+        self._in_flight.clear()
+        self._packers = ReplicaPackers(self.programs, self.programs.num_replicas)
+        self.device.renew()
+
     def next_completion(self) -> tuple[Any, Any]:
         """The oldest plan with its `StepResults`, or a tuple of them for `ReplicaPlans`."""
         if not self._in_flight:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jaxserve.engine.executor import StepOutOfMemory
 from jaxserve.engine.failure_log import log_failure
 from jaxserve.engine.inbox import Arrival, Errand, Mail
 from jaxserve.engine.metrics import EngineMetrics, StepRecord
@@ -103,6 +104,13 @@ class PendingMasks(Protocol):
     def wait(self, timeout_s: float) -> bool: ...
 
 
+class Recovery(Protocol):
+    """What is done when the device had no memory for a step: `MemoryRecovery`."""
+
+    def note_step(self) -> None: ...
+    def recover(self) -> Sequence[Request]: ...
+
+
 class Outputs(Protocol):
     """What becomes of tokens: the engine's `OutputProcessor`, or a stopwatch."""
 
@@ -148,11 +156,13 @@ class EngineLoop:
         metrics: EngineMetrics,
         clock: Callable[[], float],
         masks: PendingMasks | None = None,
+        recovery: Recovery | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._arrivals = arrivals
         self._masks = masks
+        self._recovery = recovery
         self._outputs = outputs
         self._metrics = metrics
         self._clock = clock
@@ -208,7 +218,11 @@ class EngineLoop:
         self.emit(committed)
         if not self._in_flight or not self._arrivals.wait_for_step():
             return None
-        return self._complete()
+        try:
+            return self._complete()
+        except StepOutOfMemory as error:
+            self._recover(error)
+            return None
 
     def wait_for_work(self) -> None:
         """Blocks while a turn could do nothing, at most until a deadline."""
@@ -228,7 +242,10 @@ class EngineLoop:
     def finish_in_flight(self) -> None:
         """Waits for the steps in flight, so that no page stays held by them."""
         while self._in_flight:
-            self._complete()
+            try:
+                self._complete()
+            except StepOutOfMemory as error:
+                self._recover(error)
 
     def end_all(self, reason: FinishReason) -> None:
         """Ends every open request, and those that have not been ingested."""
@@ -359,12 +376,24 @@ class EngineLoop:
             host_gap_s = 0.0 if self._in_flight else now_s - self._device_idle_since_s
             # Before the call: a device that hangs may do so in there.
             self._in_flight.append(_InFlight(plan, now_s, host_gap_s))
-            self._executor.submit(plan)
+            try:
+                self._executor.submit(plan)
+            except StepOutOfMemory as error:
+                self._recover(error)
         self._arrivals.publish_waiting(
             self._scheduler.num_waiting + len(self._backlog),
             self._scheduler.num_waiting_tokens
             + sum(request.num_prompt_tokens for request in self._backlog),
         )
+
+    def _recover(self, error: StepOutOfMemory) -> None:
+        if self._recovery is None:
+            raise error
+        self._in_flight.clear()
+        for request in self._recovery.recover():
+            self._end(request.request_id, FinishReason.ERROR)
+        self._can_plan = True
+        self._device_idle_since_s = self._clock()
 
     def _complete(self) -> Committed:
         waited_from_s = self._clock()
@@ -378,6 +407,8 @@ class EngineLoop:
         self._can_plan = True
         self._last_step_s = now_s - started_s
         updates = self._scheduler.commit(plan, results, now_s)
+        if self._recovery is not None:
+            self._recovery.note_step()
         if self._masks is not None:
             self._masks.start_batch()
         self._metrics.observe_step(

@@ -170,6 +170,7 @@ class OutputProcessor(OpenRequests[_OpenText]):
             text=text,
             finish_reason=reason,
             usage=self._close(entry, reason, now_s),
+            failure=entry.request.failure if reason is FinishReason.ERROR else None,
         )
         return Addressed(entry.sink, output)
 

@@ -87,6 +87,14 @@ class PipelineExecutor:
         self.stats.num_micro_batches += 1
         self._tick(step)
 
+    def restart(self) -> None:
+        """As `JaxExecutor.restart`."""
+        self._stages = [None] * self.depth
+        self._plans.clear()
+        self._outputs.clear()
+        self._packers = ReplicaPackers(self.programs, self.programs.num_replicas)
+        self.device.renew()
+
     def next_completion(self) -> tuple[Any, Any]:
         """The oldest plan with its results, as `JaxExecutor` gives them.
 

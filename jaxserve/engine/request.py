@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from jaxserve.engine.plan import NO_TOKEN
 from jaxserve.engine.sampling_params import SamplingParams
+from jaxserve.errors import JaxserveError
 
 if TYPE_CHECKING:
     from jaxserve.engine.grammar.compiler import Grammar
@@ -146,6 +147,8 @@ class Request:
     last_token_s: float | None = None
     """When its last token was committed."""
     finish_reason: FinishReason | None = None
+    failure: JaxserveError | None = None
+    """What the client may know of its end as ERROR; None: that the engine failed on it."""
     masks: TokenMasks | None = None
     """Of a constrained request, which samples only when the mask of its next token is there."""
     request_id: str = field(init=False)
@@ -254,6 +257,8 @@ class RequestOutput:
     """The stop string or stop token id that ended it."""
     usage: Usage | None = None
     """On the last output only."""
+    failure: JaxserveError | None = None
+    """With ERROR: the request's `failure`."""
     embedding: npt.NDArray[np.float32] | None = None
     """`[E]`, an encoder's whole answer."""
 

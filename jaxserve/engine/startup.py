@@ -34,6 +34,7 @@ from jaxserve.engine.jax_executor import JaxExecutor
 from jaxserve.engine.launch import start_devices
 from jaxserve.engine.live_weights import LiveWeights
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_device
+from jaxserve.engine.memory_recovery import MemoryRecovery
 from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.pipeline_executor import PipelineExecutor
 from jaxserve.engine.plan import Chunk, Decodes, MaskLoad, SlotLoad, StepPlan
@@ -158,6 +159,7 @@ def start_engine(
         ),
         grammars=grammars,
         max_loras=0 if settings.loras is None else settings.loras.max_loras,
+        recovery=MemoryRecovery(scheduler, executor),
     )
     engine.start()
     adapters = AdapterLoader(engine, executor.device, settings, source.name)

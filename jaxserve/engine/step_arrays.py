@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.slots import SlotState, slot_state_shapes
@@ -77,11 +78,18 @@ def _between_stages(settings: EngineSettings, sharding: ModelSharding) -> jax.Sh
 
 def allocate(settings: EngineSettings) -> StepArrays:
     """The KV pool, the slots and the pool of adapters, zeroed."""
-    abstract = abstract_arrays(settings)
+    return zeroed(abstract_arrays(settings), SingleDeviceSharding(settings.device))
+
+
+def zeroed(abstract: StepArrays, default: Sharding) -> StepArrays:
+    """Arrays of zeros.
+
+    Args:
+        default: where those go that name no sharding.
+    """
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        with jax.default_device(settings.device):
-            array: jax.Array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        array: jax.Array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding or default)
         return array
 
     arrays = jax.tree.map(

@@ -6,16 +6,43 @@ them, can run the same steps in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxserve.engine.compilation import Programs
+from jaxserve.engine.executor import StepOutOfMemory
 from jaxserve.engine.step import Params
-from jaxserve.engine.step_arrays import StepArrays
+from jaxserve.engine.step_arrays import StepArrays, zeroed
 from models.adapter_pool import AdapterPool
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _names_lack_of_memory(
+    method: Callable[Concatenate[StepDevice, _P], _T],
+) -> Callable[Concatenate[StepDevice, _P], _T]:
+    """Raises StepOutOfMemory for the runtime's own error, wherever that shows itself: in a call,
+    or when the results of an earlier one are waited for."""
+
+    @wraps(method)
+    def call(device: StepDevice, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(device, *args, **kwargs)
+        except jax.errors.JaxRuntimeError as error:
+            message = str(error)
+            # On a CPU, calls that use what a failed one was to give say INTERNAL and repeat it.
+            if message.startswith("RESOURCE_EXHAUSTED") or "Out of memory" in message:
+                raise StepOutOfMemory("the device has no memory for a step") from error
+            raise
+
+    return call  # type: ignore[return-value]  # Its first argument may also be named.
 
 
 class StepDevice:
@@ -35,17 +62,40 @@ class StepDevice:
         self.slots = arrays.slots
         self._between_stages = arrays.between_stages
         self._adapters = arrays.adapters
+        self._abstract = StepArrays(
+            *jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(
+                    array.shape, array.dtype, sharding=array.sharding
+                ),
+                (arrays.kv_pool, arrays.slots, arrays.between_stages, None),
+            )
+        )
 
     @property
     def arrays(self) -> StepArrays:
         """As they are after what has been dispatched."""
         return StepArrays(self.kv_pool, self.slots, self._between_stages, self._adapters)
 
+    @_names_lack_of_memory
+    def renew(self) -> None:
+        """Puts zeros in place of all that steps update: one that failed may have taken it along.
+
+        Compiles nothing, since start-up made the same ones. Raises StepOutOfMemory.
+        """
+        old = (self.kv_pool, self.slots, self._between_stages)
+        for array in jax.tree.leaves(old):
+            array.delete()
+        arrays = zeroed(self._abstract, self.programs.inputs_sharding)
+        self.kv_pool, self.slots = arrays.kv_pool, arrays.slots
+        self._between_stages = arrays.between_stages
+
+    @_names_lack_of_memory
     def load_slot(self, vectors: np.ndarray) -> None:
         """Loads a slot of each replica: int32 `[D, load_layout.size]`."""
         placed = self._put(vectors, self.programs.load_sharding)
         self.slots = self.programs.load_slot(self.slots, placed)
 
+    @_names_lack_of_memory
     def load_masks(self, vectors: np.ndarray) -> None:
         """Loads masks of slots of each replica: int32 `[D, mask_layout.size]`."""
         placed = self._put(vectors, self.programs.load_sharding)
@@ -60,6 +110,7 @@ class StepDevice:
         place = jax.device_put(np.int32(index - 1), self.programs.place_sharding)
         self._adapters = write(self._adapters, adapter, place)
 
+    @_names_lack_of_memory
     def step(self, num_rows: int, vectors: np.ndarray) -> jax.Array:
         """Dispatches the step of a bucket: int32 `[D, P, layout.size]` to its outputs.
 
@@ -81,6 +132,7 @@ class StepDevice:
         outputs.copy_to_host_async()
         return outputs
 
+    @_names_lack_of_memory
     def fetch(self, outputs: jax.Array) -> np.ndarray:
         """Waits for a step's outputs on the host."""
         return np.asarray(outputs)

@@ -6,6 +6,8 @@ step adds: compilations, fill and step time.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterator
 
 from prometheus_client.core import (
@@ -46,6 +48,9 @@ class EngineCollector:
             "jaxserve_build", "The running version", value={"version": jaxserve.__version__}
         )
         yield _gauge("uptime_seconds", "Since the process started", state.uptime_s)
+        with contextlib.suppress(RuntimeError):  # Asked elsewhere than on the event loop.
+            num_tasks = len(asyncio.all_tasks())
+            yield _gauge("event_loop_tasks", "Tasks of the front ends", num_tasks)
         yield _gauge("ready", "1 when new requests are served", state.phase is Phase.READY)
         if state.serving is not None:
             yield from _engine_metrics(state.serving)
@@ -84,6 +89,11 @@ def _engine_metrics(serving: Serving) -> Iterator[Metric]:
         "unexpected_compiles",
         "Compilations since the server was ready; healthy is 0",
         load.compiles_after_ready,
+    )
+    yield _counter(
+        "steps_out_of_memory",
+        "Steps that the device had no memory for; healthy is 0",
+        load.num_steps_out_of_memory,
     )
     compiles = CounterMetricFamily(
         "jaxserve_compiles", "Programs compiled, by phase", labels=["phase"]
@@ -130,6 +140,7 @@ def _cache_metrics(load: EngineSnapshot, card: ModelCard) -> Iterator[Metric]:
     yield _gauge(
         "kv_cache_usage_perc", "Pages in use by requests, 0 to 1", num_held / load.num_pages_total
     )
+    yield _gauge("kv_cache_pages_total", "Pages that there are", load.num_pages_total)
     yield _gauge("kv_cache_pages_free", "Pages that hold nothing", load.num_pages_free)
     yield _gauge(
         "kv_cache_pages_cached", "Pages that only the prefix cache holds", load.num_pages_cached

@@ -247,7 +247,12 @@ NOTHING = RequestOutput(request_id="", token_ids=(), text="")
 
 
 async def _write(output: RequestOutput, pacing: Pacing, request_id: str, context: Context) -> None:
-    """Sends what an output tells, or ends the call with the status that it stands for."""
+    """Sends what an output tells, or ends the call with the status that it stands for.
+
+    Raises the output's failure.
+    """
+    if output.failure is not None:
+        raise output.failure
     if output.finish_reason is FinishReason.ERROR:
         await abort_internal(context, request_id)
     for response in convert.responses(output, pacing):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from jaxserve.engine.weight_swaps import WeightSwaps
 from jaxserve.errors import (
     AdapterNotFound,
+    ConstraintFailed,
     EngineLost,
     Forbidden,
     InvalidRequest,
@@ -35,7 +36,7 @@ class Phase(StrEnum):
     """The model loads and the steps compile."""
     READY = "ready"
     DEGRADED = "degraded"
-    """The engine failed, or the device does not come to the end of a step."""
+    """The engine failed, had no memory for its last step, or does not come to the end of one."""
     DRAINING = "draining"
     """Running requests finish; new ones are refused."""
 
@@ -194,7 +195,7 @@ class ServerState:
 
     def note_refusal(self, error: Exception) -> None:
         """Counts an error that refused a request; others are not refusals."""
-        if isinstance(error, EngineLost):
+        if isinstance(error, EngineLost | ConstraintFailed):
             return  # It was taken, and then lost.
         for kind, reason in _REFUSALS.items():
             if isinstance(error, kind):
@@ -204,4 +205,4 @@ class ServerState:
     def _is_stuck(self, serving: Serving) -> bool:
         load = serving.engine.snapshot()
         waits_s = max(load.step_in_flight_s or 0.0, load.stalled_s or 0.0)
-        return load.failed or waits_s > self.degraded_after_s
+        return load.failed or load.is_recovering or waits_s > self.degraded_after_s

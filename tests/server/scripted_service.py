@@ -20,6 +20,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxserve.client import Client
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.executor import StepOutOfMemory
+from jaxserve.engine.memory_recovery import MemoryRecovery
 from jaxserve.engine.plan import SampleRow, SlotLoad, StepPlan, StepResults
 from jaxserve.engine.sampling_params import MAX_TOP_LOGPROBS
 from jaxserve.engine.scheduler import Scheduler
@@ -92,6 +94,8 @@ class ScriptedExecutor:
         self.gate.set()
         self.step_s = 0.0
         self.fails = False
+        self.num_out_of_memory = 0
+        """Steps that find no memory, from now on."""
         self.failure = "the secret prompt broke the device"
         self.plans: list[StepPlan] = []
         self.script: list[int] | None = None
@@ -118,6 +122,10 @@ class ScriptedExecutor:
             self._masks[mask.slot] = np.flatnonzero(bits)
         self._tokens.append([self._token(row) for row in plan.sample_rows()])
 
+    def restart(self) -> None:
+        self._in_flight.clear()
+        self._tokens.clear()
+
     def _token(self, row: SampleRow) -> int:
         if row.target >= 0:
             return row.target
@@ -132,6 +140,9 @@ class ScriptedExecutor:
         plan = self._in_flight.popleft()
         time.sleep(self.step_s)
         self.gate.wait()
+        if self.num_out_of_memory:
+            self.num_out_of_memory -= 1
+            raise StepOutOfMemory
         if self.fails:
             raise RuntimeError(self.failure)
         ids = self._tokens.popleft()
@@ -270,7 +281,8 @@ def start_service(
     tokenizer = byte_tokenizer()
     scheduler = Scheduler(replace(SCHEDULER_CONFIG, **limits))
     executor = ScriptedExecutor(tokenizer)
-    engine = Engine(scheduler, executor, tokenizer, MODEL_CONFIG, clock=clock)
+    recovery = MemoryRecovery(scheduler, executor)
+    engine = Engine(scheduler, executor, tokenizer, MODEL_CONFIG, clock=clock, recovery=recovery)
     server, loop = start_server_loop(**server_settings)
     server.state.clock = clock
     engine.start()

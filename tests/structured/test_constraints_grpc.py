@@ -79,3 +79,18 @@ def test_an_unknown_kind_is_refused():
         check_request(request, PromptLimits.of_model(258, 512))
     with pytest.raises(InvalidRequest, match="one of"):
         sampling_params(request)
+
+
+def test_a_limit_in_the_middle_of_an_answer_is_named(shared):
+    """The ambiguous grammar takes more of the parser with each token, until that says stop."""
+    ambiguous = 'start: s\ns: "a"' + "".join(f" | {'s ' * count}" for count in range(2, 16))
+    shared.will_say("a" * 500)
+    num_refused = sum(shared.server.state.num_refused.values())
+    answer = iter(shared.client.generate("hi", constraint={"grammar": ambiguous}))
+    assert next(answer).token_ids
+    with pytest.raises(InvalidRequest, match="items") as refusal:
+        list(answer)
+    assert refusal.value.field == "decoding.constraint"
+    assert sum(shared.server.state.num_refused.values()) == num_refused
+    shared.will_say("(x)")
+    assert list(shared.client.generate("hi", constraint={"regex": r"\(x\)"}))

@@ -173,11 +173,11 @@ class GrammarCompiler:
         vocabulary, reader = self._open()
         matcher = LLMatcher(vocabulary, grammar_text(constraint), log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise InvalidRequest(field, _shown(matcher.get_error()))
+            raise InvalidRequest(field, shown(matcher.get_error()))
         try:
             return Grammar(matcher, reader.words(matcher.deep_copy()))
         except GrammarStuck as stuck:
-            raise InvalidRequest(field, f"allows no text: {_shown(str(stuck))}") from None
+            raise InvalidRequest(field, f"allows no text: {shown(str(stuck))}") from None
 
     def _open(self) -> tuple[LLTokenizer, MaskReader]:
         with self._opening:
@@ -237,7 +237,7 @@ def _num_bytes(constraint: Constraint) -> int:
     return len(constraint.source) + sum(map(len, constraint.choices))
 
 
-def _shown(message: str) -> str:
-    """The library's words, without the place in the text that it made of the constraint."""
+def shown(message: str) -> str:
+    """The library's words in one line, at most `MAX_SHOWN_CHARS` long."""
     line = " ".join(message.split())
     return line if len(line) <= MAX_SHOWN_CHARS else f"{line[:MAX_SHOWN_CHARS]}…"

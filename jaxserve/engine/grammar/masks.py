@@ -12,7 +12,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from jaxserve.engine.failure_log import log_failure
-from jaxserve.engine.grammar.compiler import Grammar, GrammarCompiler, GrammarStuck
+from jaxserve.engine.grammar.compiler import (
+    Grammar,
+    GrammarCompiler,
+    GrammarStuck,
+    shown,
+)
+from jaxserve.errors import ConstraintFailed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -26,9 +32,13 @@ class RequestMasks:
     """The masks of one request, in turn. Implements the scheduler's `TokenMasks`."""
 
     def __init__(
-        self, grammar: Grammar, worker: MaskWorker, on_stuck: Callable[[], object]
+        self,
+        grammar: Grammar,
+        worker: MaskWorker,
+        on_stuck: Callable[[ConstraintFailed | None], object],
     ) -> None:
-        """`on_stuck` is called in the worker's thread if the grammar goes no further."""
+        """`on_stuck` is called in the worker's thread if the grammar goes no further, with what
+        the client may know of it."""
         self.index = 0
         self.words = grammar.first_words
         self.loaded: bytes | None = None
@@ -132,4 +142,7 @@ class MaskWorker:
             masks.advance(token_id, self._compiler)
         except Exception as error:
             log_failure(logger, "a request's grammar goes no further; the request ends", error)
-            masks.on_stuck()
+            # The library's words repeat nothing of the grammar (`LIMITS`).
+            masks.on_stuck(
+                ConstraintFailed(shown(str(error))) if isinstance(error, GrammarStuck) else None
+            )

@@ -30,6 +30,13 @@ class LeaderDevice(StepDevice):
         super().__init__(device.programs, device.params, device.arrays)
         self._leader = leader
 
+    def renew(self) -> None:
+        """Raises GroupError: the followers have arrays of their own, which nothing renews."""
+        raise GroupError(
+            "a device of the group ran out of memory in a step, and a group does not recover from "
+            "that: lower --kv-cache-bytes, or see what else runs there"
+        )
+
     def load_slot(self, vectors: np.ndarray) -> None:
         self._leader.tell_slot_load(vectors)
         self._guarded(lambda: super(LeaderDevice, self).load_slot(vectors))

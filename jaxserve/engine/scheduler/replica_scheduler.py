@@ -128,6 +128,10 @@ class ReplicaScheduler:
         home = self._home.pop(request_id, None)
         return None if home is None else home.finish(request_id, reason)
 
+    def lose_steps(self) -> list[Request]:
+        """As `Scheduler.lose_steps`, of every replica: they run in one step."""
+        return [request for scheduler in self._schedulers for request in scheduler.lose_steps()]
+
     def check_integrity(self) -> None:
         """Raises AssertionError unless every replica's pages add up."""
         for scheduler in self._schedulers:

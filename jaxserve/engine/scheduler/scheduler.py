@@ -219,6 +219,18 @@ class Scheduler:
         request.num_plain_outputs = len(request.output_token_ids)
         return request
 
+    def lose_steps(self) -> list[Request]:
+        """The steps in flight are lost, and all keys and values with them.
+
+        Requests that run are preempted, to be computed again, and the prefix cache is emptied.
+        Returns those requests, in order of admission.
+        """
+        lost, self._in_flight = self._in_flight, deque()
+        for step in lost:
+            for request, chunk in zip(step.prefilling, step.plan.prefills, strict=True):
+                request.num_prompt_logprobs -= len(chunk.logprob_targets)
+        return self._state.lose_pages()
+
     def check_integrity(self) -> None:
         """Raises PageIntegrityError unless every page and slot is accounted for."""
         self._state.check_integrity()

@@ -69,6 +69,21 @@ class SchedulerState:
         self.num_preemptions += 1
         self.waiting.push_front(request)
 
+    def lose_pages(self) -> list[Request]:
+        """Preempts all that run, with their steps in flight, and empties the prefix cache.
+
+        Returns them in order of admission, in which they also wait.
+        """
+        running = list(self.running.values())
+        for request in [*self.draining, *running]:
+            request.num_in_flight_steps = 0
+        for request in tuple(self.draining):
+            self.release(request)
+        for request in reversed(running):
+            self.preempt(request)
+        self.pages.forget()
+        return running
+
     def retire(self, request: Request) -> None:
         """Takes a finished request out of `running`."""
         self._leave_running(request)

@@ -136,7 +136,7 @@ async def _collect(outputs: Outputs, questions: Questions) -> list[RequestOutput
 def _check_end(output: RequestOutput) -> None:
     """Raises if the request came to an end that is no answer."""
     if output.finish_reason is FinishReason.ERROR:
-        raise EngineFailure
+        raise output.failure or EngineFailure
     if output.finish_reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
         raise AnswerCancelled("the answer was cut short, since it was aborted or the server stops")
 

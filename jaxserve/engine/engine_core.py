@@ -142,6 +142,10 @@ class EngineCore(ABC):
             self._inbox.put(Arrival(record, sink))
         return record
 
+    def check_room(self) -> None:
+        """Raises QueueFull or NotAccepting if any request would be refused now."""
+        self._inbox.check_room()
+
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
         """Ends whichever request has this id, within one step. False if none
         is running. Who added the request calls `cancel`."""

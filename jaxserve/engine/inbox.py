@@ -95,6 +95,13 @@ class Inbox:
             self._num_arrival_tokens += request.num_prompt_tokens
             self._changed.notify_all()
 
+    def check_room(self) -> None:
+        """Raises NotAccepting, or QueueFull if not even the shortest prompt has room."""
+        with self._changed:
+            if self._refusal is not None:
+                raise NotAccepting(self._refusal)
+            self._check_room(1)
+
     def _check_room(self, num_prompt_tokens: int) -> None:
         num_requests = len(self._arrivals) + self._num_waiting
         num_tokens = self._num_arrival_tokens + self._num_waiting_tokens

@@ -188,10 +188,13 @@ class ServerState:
         return self.serving
 
     def require_accepting(self) -> Serving:
-        """Raises NotAccepting while the engine starts or drains."""
+        """Raises NotAccepting while the engine starts or drains, and QueueFull if it has no room:
+        what is refused must cost little, or the refusals take the time of those that are served."""
         if self.draining:
             raise NotAccepting("the server is draining: use another one")
-        return self.require_serving()
+        serving = self.require_serving()
+        serving.engine.check_room()
+        return serving
 
     def note_refusal(self, error: Exception) -> None:
         """Counts an error that refused a request; others are not refusals."""

@@ -4,7 +4,7 @@ import pytest
 
 from jaxserve.engine.inbox import Arrival, Inbox
 from jaxserve.engine.request import FinishReason, Request
-from jaxserve.errors import QueueFull
+from jaxserve.errors import NotAccepting, QueueFull
 from tests.engine.engine_rig import CollectingSink, request
 
 
@@ -77,3 +77,19 @@ def test_waiting_ends_with_mail_or_a_stop() -> None:
     assert not inbox.wait(0.0)
     inbox.stop()
     assert inbox.wait(None)
+
+
+def test_room_is_known_before_a_request_is_made() -> None:
+    inbox = Inbox(max_queued_requests=2, max_queued_tokens=100)
+    inbox.check_room()
+    inbox.publish_waiting(2, 10)
+    with pytest.raises(QueueFull, match="max-queued-requests"):
+        inbox.check_room()
+    inbox.publish_waiting(1, 100)
+    with pytest.raises(QueueFull, match="max-queued-tokens"):
+        inbox.check_room()
+    inbox.publish_waiting(0, 0)
+    inbox.check_room()
+    inbox.refuse("gone")
+    with pytest.raises(NotAccepting, match="gone"):
+        inbox.check_room()

@@ -6,8 +6,9 @@ A page is in exactly one state:
 - *cached*: nobody holds it, but its content is registered and may be reused;
 - *free*: nobody holds it and its content means nothing.
 
-Only full pages whose token ids are known may be registered. A page that is
-registered is never written again until it was evicted.
+Only full pages whose token ids are known may be registered, from the moment on that the
+step which fills them is planned. A page that is full is never written again until it
+was evicted, so sequences with one prompt share its full pages without a copy.
 """
 
 from __future__ import annotations
@@ -155,6 +156,13 @@ class PagePool:
         self._salt_of_page[page_id] = salt
         self._owner_of_page[page_id] = owner
 
+    def withdraw(self, page_ids: Iterable[int]) -> None:
+        """Makes registered pages unfindable; those who hold them keep them."""
+        for page_id in page_ids:
+            key = self._key_of_page[page_id]
+            if key is not None and self._page_of_key.get(key) == page_id:
+                del self._page_of_key[key]
+
     def find_prefix(
         self, keys: Sequence[bytes], token_ids: Sequence[int], *, salt: str = ""
     ) -> list[int]:
@@ -233,9 +241,7 @@ class PagePool:
 
     def _evict(self) -> int:
         page_id = self._cached.pop_oldest()
-        key = self._key_of_page[page_id]
-        if key is not None:
-            del self._page_of_key[key]
+        self.withdraw([page_id])
         self._key_of_page[page_id] = None
         self._tokens_of_page[page_id] = ()
         self._salt_of_page[page_id] = self._owner_of_page[page_id] = ""

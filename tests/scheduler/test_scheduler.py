@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.plan import NO_TOKEN, StepPlan
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.budget import TokenBudget
@@ -246,6 +246,45 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert plans[1].prefills[0].new_pages[0] == first_page
     assert [request.num_cached_tokens for request in requests] == [0, 4, 0]
     assert (scheduler.prefix_cache_hits, scheduler.prefix_cache_queries) == (4, 24)
+
+
+def test_answers_to_one_prompt_share_its_full_pages_from_the_step_that_fills_them() -> None:
+    config = replace(CONFIG, token_budget=32, buckets=(32,), max_in_flight=2)
+    scheduler = Scheduler(config)
+    requests = [make_request(name, 14) for name in "abcd"]
+    for request in requests:
+        scheduler.add(request)
+    plan = plan_step(scheduler)
+    # Three full pages are computed once; each has the half-full one to itself.
+    assert timeline(plan)[1] == [("a", 0, 14), ("b", 12, 2), ("c", 12, 2), ("d", 12, 2)]
+    tables = [chunk.new_pages for chunk in plan.prefills]
+    assert len({table[:3] for table in tables}) == 1
+    assert len({table[3] for table in tables}) == 4
+    assert scheduler.pages.num_held == 3 + 4
+    # Whoever computes them may go before the step is done: the others keep them.
+    scheduler.finish("a", FinishReason.CANCELLED)
+    while scheduler.has_work:
+        commit(scheduler, plan)
+        scheduler.check_integrity()
+        following = scheduler.plan(0.0)
+        if following is not None:
+            plan = following
+    assert all(len(request.output_token_ids) == 4 for request in requests[1:])
+    assert scheduler.pages.num_available == config.num_pages
+
+
+def test_nobody_begins_with_pages_of_a_request_that_failed() -> None:
+    scheduler = Scheduler(replace(CONFIG, token_budget=16, buckets=(16,)))
+    failing, beside, later = (make_request(name, 9) for name in ("failing", "beside", "later"))
+    scheduler.add(failing)
+    scheduler.add(beside)
+    plan = plan_step(scheduler)
+    assert timeline(plan)[1] == [("failing", 0, 9), ("beside", 8, 1)]
+    commit(scheduler, plan, token_id=NO_TOKEN)
+    assert failing.finish_reason is beside.finish_reason is FinishReason.ERROR
+    scheduler.add(later)
+    assert timeline(plan_step(scheduler))[1] == [("later", 0, 9)]
+    scheduler.check_integrity()
 
 
 def test_a_preempted_request_resumes_from_its_cached_pages_with_its_output() -> None:

@@ -213,7 +213,7 @@ MUTANTS = [
         "register_a_page_before_it_is_full",
         "S5 device",
         Edit(
-            SCHEDULER,
+            ADMISSION,
             "num_pages = end // size",
             "num_pages = min(end + 1, request.num_tokens) // size",
         ),

@@ -142,8 +142,15 @@ def test_prefix_hits_give_the_same_bits():
         driver.add(make_request(name, prompt, SAMPLINGS[1]))
         driver.run()
     assert driver.scheduler.prefix_cache_hits >= 32
-    for name in ("first", "second"):
-        assert driver.streams[name].bits() == alone.bits()
+    names = ["first", "second", "third", "fourth"]
+    fresh = Driver(shape)
+    for name in names[2:]:
+        fresh.add(make_request(name, prompt, SAMPLINGS[1]))
+    fresh.run()
+    assert fresh.scheduler.prefix_cache_hits == 32, "not read in the step that wrote them"
+    streams = driver.streams | fresh.streams
+    for name in names:
+        assert streams[name].bits() == alone.bits()
 
 
 def test_two_deep_gives_what_synchronous_gives():

@@ -1,4 +1,5 @@
-"""Pages at admission: which a request finds, which it gets, which stay free."""
+"""Pages at admission: which a request finds, which it gets, which stay free; and how others
+find those that it fills."""
 
 from __future__ import annotations
 
@@ -39,6 +40,28 @@ def page_key_at(request: Request, index: int, token_ids: tuple[int, ...]) -> byt
         parent = keys[-1] if keys else root_key(request.generation.cache_salt)
         keys.append(page_key(parent, token_ids))
     return keys[index]
+
+
+def register_pages(state: SchedulerState, request: Request, end: int) -> None:
+    """Lets others find the request's full pages up to position `end`, whose tokens are known.
+
+    A prompt's pages may be offered as soon as their step is planned: whoever finds them reads
+    them in the same step, which writes before it reads, or in a later one.
+    """
+    size = state.config.page_size
+    num_pages = end // size
+    if state.config.prefix_caching:
+        generation = request.generation
+        for index in range(request.num_registered_pages, num_pages):
+            token_ids = request.known_token_ids(index * size, (index + 1) * size)
+            state.pages.register(
+                request.page_ids[index],
+                page_key_at(request, index, token_ids),
+                token_ids,
+                salt=generation.cache_salt,
+                owner=generation.account.cache_owner,
+            )
+    request.num_registered_pages = max(request.num_registered_pages, num_pages)
 
 
 def num_granted_pages(

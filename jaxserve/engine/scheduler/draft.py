@@ -24,6 +24,7 @@ from jaxserve.engine.scheduler.admission import (
     find_cached_pages,
     num_granted_pages,
     num_reserved_pages,
+    register_pages,
 )
 from jaxserve.engine.scheduler.budget import (
     PrefillLimit,
@@ -356,6 +357,7 @@ class StepDraft:
             self._load_mask(request)
         request.num_computed_tokens = end
         request.num_in_flight_steps += 1
+        register_pages(self._state, request, end)
 
     def _load_mask(self, request: Request) -> None:
         """Brings the mask of its next token, if it has one, to its slot, unless that holds it."""

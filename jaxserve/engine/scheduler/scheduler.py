@@ -24,7 +24,7 @@ from jaxserve.engine.request import (
     TokenLogprobs,
     TokenUpdate,
 )
-from jaxserve.engine.scheduler.admission import page_key_at
+from jaxserve.engine.scheduler.admission import register_pages
 from jaxserve.engine.scheduler.budget import StepBudget, TokenBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.draft import StepDraft
@@ -291,7 +291,6 @@ class Scheduler:
         if chunk.samples:
             row += len(targets)
             return self._commit_token(request, end, reader, row, now_s, prompt_logprobs)
-        self._register_pages(request, end)
         return TokenUpdate(request, (), (), prompt_logprobs, None) if targets else None
 
     def _commit_token(
@@ -307,7 +306,7 @@ class Scheduler:
         token_id = reader.token_ids[row]
         if token_id == NO_TOKEN:
             return self._failed(request)
-        self._register_pages(request, end)
+        register_pages(self._state, request, end)
         request.output_token_ids.append(token_id)
         request.last_token_s = now_s
         num_top = request.sampling.logprobs
@@ -323,22 +322,7 @@ class Scheduler:
         return TokenUpdate(request, (token_id,), logprobs, prompt_logprobs, reason, stop_token_id)
 
     def _failed(self, request: Request) -> TokenUpdate:
+        # What it computed may be no numbers, and nobody else is to begin with that.
+        self._state.pages.withdraw(request.page_ids)
         self.finish(request.request_id, FinishReason.ERROR)
         return TokenUpdate(request, (), (), (), FinishReason.ERROR)
-
-    def _register_pages(self, request: Request, end: int) -> None:
-        """Offers pages that a chunk up to position `end` completed to the prefix cache."""
-        size = self._page_size
-        num_pages = end // size
-        if self.config.prefix_caching:
-            generation = request.generation
-            for index in range(request.num_registered_pages, num_pages):
-                token_ids = request.known_token_ids(index * size, (index + 1) * size)
-                self._state.pages.register(
-                    request.page_ids[index],
-                    page_key_at(request, index, token_ids),
-                    token_ids,
-                    salt=generation.cache_salt,
-                    owner=generation.account.cache_owner,
-                )
-        request.num_registered_pages = max(request.num_registered_pages, num_pages)

@@ -21,7 +21,7 @@ from jaxserve.engine.served_params import make_place
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.step_device import StepDevice
 from jaxserve.errors import InvalidRequest, NotAccepting, NotSupported
-from models.adapter_pool import one_place, place_leaves, pool_shapes
+from models.adapter_pool import one_place, place_leaves
 from models.lora_peft import read_peft
 
 WRITE_TIMEOUT_S = 60.0
@@ -114,12 +114,10 @@ class AdapterLoader:
 
     def _read(self, folder: Path) -> tuple[dict[str, npt.NDArray[Any]], int]:
         """The adapter as it is written, and its rank."""
-        settings = self._settings
-        assert settings.loras is not None
-        config = settings.model_config
-        shapes = pool_shapes(config, settings.dtype, 1, settings.loras.max_rank)
+        shapes = self._settings.adapter_on_host()
+        assert shapes is not None
         try:
-            adapter = read_peft(folder, config)
+            adapter = read_peft(folder, self._settings.model_config)
             return one_place(adapter, shapes), adapter.rank
         except (FormatError, OSError) as error:
             raise InvalidRequest("path", f"the adapter is not served: {error}") from error

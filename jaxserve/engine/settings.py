@@ -135,6 +135,12 @@ class EngineSettings:
             self.model_config, self.dtype, self.loras, self.sharding, num_adapters
         )
 
+    def adapter_on_host(self) -> AdapterPool | None:
+        """A pool of one place before it is laid out on a mesh, as `jax.ShapeDtypeStruct`."""
+        if self.loras is None:
+            return None
+        return pool_shapes(self.model_config, self.dtype, 1, self.loras.max_rank)
+
     def layouts(self) -> tuple[StepLayout, ...]:
         """One static layout per bucket."""
         scheduler = self.scheduler

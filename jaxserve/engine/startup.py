@@ -266,7 +266,7 @@ def memory_plan(settings: EngineSettings, free_bytes: int, *, temp_bytes: int = 
 
 def _write_no_adapter(settings: EngineSettings, device: StepDevice) -> None:
     """Runs the program that writes an adapter, if there is one."""
-    shapes = settings.abstract_adapters(1)
+    shapes = settings.adapter_on_host()
     if shapes is None:
         return
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in flatten(shapes).items()}

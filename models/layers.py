@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from models.config import ModelConfig
 from models.ops.activation import ACTIVATIONS
 from models.ops.linear import Linear
+from models.ops.native_rows import NATIVE_GATES, native_gate
 from models.ops.norm import RmsNorm, ZeroCentredRmsNorm
 from models.ops.rope import Rope, apply_rope
 from models.training_hooks import Branch
@@ -164,7 +165,10 @@ class GatedMlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.activation]
         if self.is_fused:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            both, packed = self.gate_up_proj(x), self.gate_up_proj.packed
+            if packed is not None and self.activation in NATIVE_GATES:
+                return self.down_proj(native_gate(both, self.activation, packed.num_live))
+            gate, up = jnp.split(both, 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(activation(gate) * up)

@@ -27,6 +27,9 @@ from jaxserve.engine.slots import IN_PROMPT, SlotState
 CDF_BLOCK = 256
 """Vocabulary entries of one block of the two-level search."""
 
+FindPeaks = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+"""Of float32 `[N, V]`, see `row_peaks`."""
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -50,6 +53,7 @@ def sample(
     row_slots: jax.Array,
     positions: jax.Array,
     targets: jax.Array,
+    find_peaks: FindPeaks | None = None,
 ) -> SampleOutput:
     """Draws the next token of each row.
 
@@ -60,6 +64,7 @@ def sample(
         positions: int32 `[N]`: absolute position of the token to be drawn.
         targets: int32 `[N]`: -1 draws; -2 marks padding; otherwise this token
             is returned and scored (prompt logprobs).
+        find_peaks: by default `row_peaks`.
 
     Returns:
         Token ids int32 `[N]` and the raw logits' logprobs (zeros when no row
@@ -68,7 +73,7 @@ def sample(
     flags = jnp.where(targets > -2, slots.flags[row_slots], 0)
     draws = jnp.where(targets == -1, flags, 0)
     adjusted = _adjust(logits, slots, row_slots, positions, draws)
-    greedy = _argmax(adjusted)
+    greedy, _ = (find_peaks or row_peaks)(adjusted)
     sampled = lax.cond(
         _any(draws, slot_flags.USES_RANDOM),
         lambda: _draw(adjusted, slots, row_slots, positions, draws),
@@ -87,6 +92,11 @@ def sample(
 
 def _any(flags: jax.Array, bit: int) -> jax.Array:
     return jnp.any((flags & bit) != 0)
+
+
+def row_peaks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index of each row's maximum, int32 `[N]`, and whether the row is finite, bool `[N]`."""
+    return _argmax(x), jnp.isfinite(x.max(-1)) & jnp.isfinite(x.min(-1))
 
 
 def _argmax(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import psutil
 
-TARGETS = ("linear", "write", "attention")
+TARGETS = ("linear", "gate", "peaks", "write", "attention")
 """Symbols `jaxserve_NAME` of the library, and names of the FFI's targets."""
 
 
@@ -117,6 +117,11 @@ def _open(path: Path) -> NativeLibrary:
     handle.jaxserve_set_num_threads.argtypes = [ctypes.c_int64]
     handle.jaxserve_set_num_threads.restype = None
     for target in TARGETS:
-        symbol = getattr(handle, f"jaxserve_{target}")
+        symbol = getattr(handle, f"jaxserve_{target}", None)
+        if symbol is None:
+            raise NativeError(
+                f"the native kernels at {path} are older than this program: build them anew with "
+                "`make native`, or choose --kernels xla"
+            )
         jax.ffi.register_ffi_target(f"jaxserve_{target}", jax.ffi.pycapsule(symbol), platform="cpu")
     return NativeLibrary(path, handle)

@@ -79,7 +79,15 @@ def _native() -> AttentionImplementation:
     from models.ops.native import load_library
 
     load_library()
-    return AttentionImplementation("native", ("cpu",), call=native_attention, write=native_write)
+    return AttentionImplementation(
+        "native", ("cpu",), call=native_attention, write=native_write, choose_tiling=_native_tiling
+    )
+
+
+def _native_tiling(page_size: int, num_heads: int, num_kv_heads: int) -> AttentionTiling:
+    """A tile copies the keys that it reads, so it has many rows."""
+    del num_heads, num_kv_heads
+    return AttentionTiling(page_size=page_size, tile_rows=32, tile_group=1)
 
 
 def select(name: str, platform: str, compute_capability: int = 0) -> AttentionImplementation:

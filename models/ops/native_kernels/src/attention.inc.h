@@ -1,35 +1,21 @@
 // Causal attention over pages, once for each instruction set: included after isa_*.h.
 //
 // A row's keys are taken in blocks of 64 that begin at position 0, by an online softmax (Milakov
-// and Gimelshein, "Online normalizer calculation for softmax", 2018). Within a block all sums have
-// one order, so a row's bits depend neither on the rows beside it nor on how it was cut into tiles.
+// and Gimelshein, "Online normalizer calculation for softmax", 2018). A block's keys are transposed,
+// so that lanes are keys and queries share what is loaded. Within a block all sums have one order:
+// a score adds dimensions ascending, an output keys ascending, one fused multiply-add each. So a
+// row's bits depend neither on the rows beside it nor on how it was cut into tiles.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
+#include "exponential.inc.h"
 #include "kernels.h"
 
 namespace {
 
 using jaxserve::AttentionJob;
 using jaxserve::kKeyBlock;
-
-// e^x for x <= 0: e^x = 2^n * e^r, |r| <= ln(2) / 2, and Taylor's polynomial of degree 7 (its
-// remainder is below 4e-9). What float32 cannot hold becomes 0.
-inline V exp_negative(V x) {
-  const V floored = vmax(splat(-87.0f), x);  // in this order a NaN stays
-  const V n = round_even(mul(floored, splat(1.44269504f)));
-  V r = fma(n, splat(-0.693145752f), floored);
-  r = fma(n, splat(-1.42860677e-6f), r);
-  V p = splat(1.0f / 5040);
-  p = fma(p, r, splat(1.0f / 720));
-  p = fma(p, r, splat(1.0f / 120));
-  p = fma(p, r, splat(1.0f / 24));
-  p = fma(p, r, splat(1.0f / 6));
-  p = fma(p, r, splat(0.5f));
-  p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
-  return mul(p, power_of_two(n));
-}
 
 inline void load_row(const void* rows, bool is_bfloat16, int64_t at, int64_t count, int64_t padded,
                      float* out) {
@@ -46,65 +32,190 @@ inline void load_row(const void* rows, bool is_bfloat16, int64_t at, int64_t cou
   for (; i < padded; ++i) out[i] = 0.0f;
 }
 
-struct Query {
-  float* q;        // [padded], scaled
-  float* sum;      // [padded]: of values by weights
-  float* scores;   // [kKeyBlock]
-  float peak, total;
+// Rows of queries against one block of keys. Rows of `q` and `sums` lie `padded` apart, those of
+// `weights` kKeyBlock apart.
+struct Queries {
+  float* q;        // scaled
+  float* sums;     // of values by weights
+  float* weights;  // of a block's keys: scores, then their exponentials
+  float *peaks, *totals;
+  int64_t group, window;
+  int64_t position;  // of the first row, counted from the block's first key
+
+  // A row sees keys first .. last of the block, none where last < first.
+  int64_t last(int64_t i) const { return std::min(position + i / group, kKeyBlock - 1); }
+  int64_t first(int64_t i) const {
+    return std::max<int64_t>(position + i / group - window + 1, 0);
+  }
 };
 
-// Adds keys first .. last of the block (offsets in it) to one query's sums.
-inline void add_keys(Query& query, const float* keys, const float* values, int64_t padded,
-                     int64_t first, int64_t last) {
-  const float masked = -1e30f;
-  for (int64_t t = 0; t < kKeyBlock; ++t) {
-    if (t < first || t > last) {
-      query.scores[t] = masked;
-      continue;
+// Scores of R rows with keys `from` .. `from` + kScoreVectors * kLanes.
+template <int R>
+void score(const float* q, const float* keys, int64_t dim, int64_t padded, int64_t from, float* out) {
+  V sums[R][kScoreVectors];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kScoreVectors; ++v) sums[r][v] = zero();
+  for (int64_t d = 0; d < dim; ++d) {
+    V loaded[kScoreVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kScoreVectors; ++v) loaded[v] = load(keys + d * kKeyBlock + from + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const V row = splat(q[r * padded + d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kScoreVectors; ++v) sums[r][v] = fma(row, loaded[v], sums[r][v]);
     }
-    V dot = zero();
-    for (int64_t d = 0; d < padded; d += kLanes)
-      dot = fma(load(query.q + d), load(keys + t * padded + d), dot);
-    query.scores[t] = reduce_add(dot);
   }
-  V peaks = load(query.scores);
-  for (int64_t t = kLanes; t < kKeyBlock; t += kLanes) peaks = vmax(peaks, load(query.scores + t));
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kScoreVectors; ++v) store(out + r * kKeyBlock + from + v * kLanes, sums[r][v]);
+}
+
+// A row's scores become weights; its sums shrink to the new peak.
+inline void weigh(const Queries& rows, int64_t i, int64_t padded) {
+  float* weights = rows.weights + i * kKeyBlock;
+  const int64_t first = rows.first(i), last = rows.last(i);
+  // Vectors that hold a key that the row sees.
+  const int64_t begin = first / kLanes * kLanes, end = (last / kLanes + 1) * kLanes;
+  for (int64_t t = begin; t < first; ++t) weights[t] = -1e30f;
+  for (int64_t t = last + 1; t < end; ++t) weights[t] = -1e30f;
+  V peaks = load(weights + begin);
+  for (int64_t t = begin + kLanes; t < end; t += kLanes) peaks = vmax(peaks, load(weights + t));
   float peak = reduce_max(peaks);
-  if (!(peak > query.peak)) peak = query.peak;
+  if (!(peak > rows.peaks[i])) peak = rows.peaks[i];
   // Only the first block shrinks from -inf, where there is nothing to shrink.
   float shrink = 1.0f;
-  if (peak != query.peak) {
+  if (peak != rows.peaks[i]) {
     float lanes[kLanes];
-    store(lanes, exp_negative(splat(query.peak - peak)));
+    store(lanes, exp_negative(splat(rows.peaks[i] - peak)));
     shrink = lanes[0];
+    for (int64_t d = 0; d < padded; d += kLanes)
+      store(rows.sums + i * padded + d, mul(load(rows.sums + i * padded + d), splat(shrink)));
   }
+  for (int64_t t = begin; t < end; t += kLanes)
+    store(weights + t, exp_negative(sub(load(weights + t), splat(peak))));
+  for (int64_t t = begin; t < first; ++t) weights[t] = 0.0f;
+  for (int64_t t = last + 1; t < end; ++t) weights[t] = 0.0f;
   V totals = zero();
-  for (int64_t t = 0; t < kKeyBlock; t += kLanes) {
-    const V weights = exp_negative(sub(load(query.scores + t), splat(peak)));
-    store(query.scores + t, weights);
-  }
-  for (int64_t t = 0; t < kKeyBlock; ++t)
-    if (t < first || t > last) query.scores[t] = 0.0f;
-  for (int64_t t = 0; t < kKeyBlock; t += kLanes) totals = add(totals, load(query.scores + t));
-  query.total = query.total * shrink + reduce_add(totals);
-  query.peak = peak;
-  for (int64_t d = 0; d < padded; d += 4 * kLanes) {
-    const int64_t width = padded - d < 4 * kLanes ? padded - d : 4 * kLanes;
-    V sums[4];
-    const V factor = splat(shrink);
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < 4; ++v)
-      sums[v] = v * kLanes < width ? mul(load(query.sum + d + v * kLanes), factor) : zero();
+  for (int64_t t = begin; t < end; t += kLanes) totals = add(totals, load(weights + t));
+  rows.totals[i] = rows.totals[i] * shrink + reduce_add(totals);
+  rows.peaks[i] = peak;
+}
+
+// Adds values of keys first .. last to the sums of R rows.
+template <int R>
+void add_values(float* sums, const float* weights, const float* values, int64_t padded, int64_t first,
+                int64_t last) {
+  for (int64_t d = 0; d < padded; d += kScoreVectors * kLanes) {
+    V kept[R][kScoreVectors];
+    const auto is_inside = [&](int v) { return d + v * kLanes < padded; };
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kScoreVectors; ++v)
+        kept[r][v] = is_inside(v) ? load(sums + r * padded + d + v * kLanes) : zero();
+    // The scratch goes on past a row's last value, which the next vectors then read in vain.
+    const float* from = values + d;
     for (int64_t t = first; t <= last; ++t) {
-      const V weight = splat(query.scores[t]);
+      V loaded[kScoreVectors];
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < 4; ++v)
-        if (v * kLanes < width)
-          sums[v] = fma(weight, load(values + t * padded + d + v * kLanes), sums[v]);
+      for (int v = 0; v < kScoreVectors; ++v) loaded[v] = load(from + t * padded + v * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const V weight = splat(weights[r * kKeyBlock + t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kScoreVectors; ++v) kept[r][v] = fma(weight, loaded[v], kept[r][v]);
+      }
     }
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < 4; ++v)
-      if (v * kLanes < width) store(query.sum + d + v * kLanes, sums[v]);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kScoreVectors; ++v)
+        if (is_inside(v)) store(sums + r * padded + d + v * kLanes, kept[r][v]);
+  }
+}
+
+// R rows from `i` on against a block; each sees one of its keys at least.
+template <int R>
+void attend_rows(const Queries& rows, int64_t i, const float* keys, const float* values, int64_t dim,
+                 int64_t padded) {
+  constexpr int64_t step = kScoreVectors * kLanes;
+  float* weights = rows.weights + i * kKeyBlock;
+  for (int64_t from = rows.first(i) / step * step; from <= rows.last(i + R - 1); from += step)
+    score<R>(rows.q + i * padded, keys, dim, padded, from, weights);
+  for (int r = 0; r < R; ++r) weigh(rows, i + r, padded);
+  // Keys that all R rows see, then what is left of each. A value that a row does not see may be
+  // no number, which a weight of 0 would not hide.
+  float* sums = rows.sums + i * padded;
+  const int64_t first = rows.first(i + R - 1), last = rows.last(i);
+  const auto add_one = [&](int r, int64_t from, int64_t to) {
+    add_values<1>(sums + r * padded, weights + r * kKeyBlock, values, padded, from, to);
+  };
+  for (int r = 0; r < R; ++r) add_one(r, rows.first(i + r), std::min(first - 1, rows.last(i + r)));
+  if (first <= last) add_values<R>(sums, weights, values, padded, first, last);
+  for (int r = 0; r < R; ++r) add_one(r, std::max(first, last + 1), rows.last(i + r));
+}
+
+// Copies keys and values `from` .. `to` of one head: values [position - start][padded], keys
+// transposed to [padded][kKeyBlock]. `plain` holds kLanes rows.
+inline void load_block(const AttentionJob& job, const int32_t* table, int64_t kv_head, int64_t start,
+                       int64_t from, int64_t to, float* plain, float* keys, float* values) {
+  const int64_t dim = job.head_dim, padded = jaxserve::padded_dim(dim);
+  int64_t in_page = from % job.page_size, page = from / job.page_size;
+  const int64_t stride = 2 * job.num_kv_heads * dim;  // from a token to the next one of its page
+  const bool can_copy = !job.pages_are_bfloat16 && dim == padded;
+  for (int64_t first = (from - start) / kLanes * kLanes; first <= to - start; first += kLanes) {
+    if (can_copy && first >= from - start && first + kLanes - 1 <= to - start &&
+        in_page + kLanes <= job.page_size) {
+      const float* rows = static_cast<const float*>(job.pages) +
+                          (table[page] * job.page_size + in_page) * stride + kv_head * dim;
+      for (int64_t d = 0; d < dim; d += kLanes)
+        transpose(rows + d, stride, keys + d * kKeyBlock + first, kKeyBlock);
+      for (int64_t t = 0; t < kLanes; ++t)
+        for (int64_t d = 0; d < dim; d += kLanes)
+          store(values + (first + t) * padded + d, load(rows + t * stride + stride / 2 + d));
+      in_page += kLanes;
+      if (in_page == job.page_size) in_page = 0, ++page;
+      continue;
+    }
+    for (int64_t t = first; t < first + kLanes; ++t) {
+      float* row = plain + (t - first) * padded;
+      if (t < from - start || t > to - start) {
+        for (int64_t d = 0; d < padded; d += kLanes) store(row + d, zero());
+        continue;
+      }
+      const int64_t token = table[page] * job.page_size + in_page;
+      const int64_t at = token * stride + kv_head * dim;
+      load_row(job.pages, job.pages_are_bfloat16, at, dim, padded, row);
+      load_row(job.pages, job.pages_are_bfloat16, at + stride / 2, dim, padded, values + t * padded);
+      if (++in_page == job.page_size) in_page = 0, ++page;
+    }
+    for (int64_t d = 0; d < dim; d += kLanes)
+      transpose(plain + d, padded, keys + d * kKeyBlock + first, kKeyBlock);
+  }
+}
+
+// Rows `begin` .. `end` - 1, in tiles.
+void attend_block(const Queries& rows, int64_t begin, int64_t end, const float* keys,
+                  const float* values, int64_t dim, int64_t padded) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t left = std::min<int64_t>(end - i, kQueryRows);
+    if constexpr (kQueryRows >= 6) {
+      if (left >= 6) {
+        attend_rows<6>(rows, i, keys, values, dim, padded), i += 6;
+        continue;
+      }
+    }
+    if (left >= 4) attend_rows<4>(rows, i, keys, values, dim, padded), i += 4;
+    else if (left >= 3) attend_rows<3>(rows, i, keys, values, dim, padded), i += 3;
+    else if (left >= 2) attend_rows<2>(rows, i, keys, values, dim, padded), i += 2;
+    else attend_rows<1>(rows, i, keys, values, dim, padded), i += 1;
+  }
+}
+
+inline void store_row(const AttentionJob& job, int64_t at, const float* sums, float total) {
+  const float inverse = 1.0f / total;
+  for (int64_t d = 0; d < job.head_dim; ++d) {
+    const float value = sums[d] * inverse;
+    if (job.rows_are_bfloat16)
+      static_cast<uint16_t*>(job.out)[at + d] = jaxserve::float_to_bfloat16(value);
+    else
+      static_cast<float*>(job.out)[at + d] = value;
   }
 }
 
@@ -115,54 +226,39 @@ void attend(const AttentionJob& job, int64_t first_row, int64_t num_rows, int64_
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   float* keys = scratch;
   float* values = keys + kKeyBlock * padded;
-  float* q = values + kKeyBlock * padded;
-  float* sum = q + num_queries * padded;
-  float* scores = sum + num_queries * padded;
-  float* peaks = scores + num_queries * kKeyBlock;
-  float* totals = peaks + num_queries;
-  const int64_t head = kv_head * group;
+  float* plain = values + kKeyBlock * padded;
+  Queries rows{};
+  rows.q = plain + jaxserve::kMaxLanes * padded;
+  rows.sums = rows.q + num_queries * padded;
+  rows.weights = rows.sums + num_queries * padded;
+  rows.peaks = rows.weights + num_queries * kKeyBlock;
+  rows.totals = rows.peaks + num_queries;
+  rows.group = group, rows.window = job.window;
+  const auto place = [&](int64_t i) {
+    return ((first_row + i / group) * job.num_heads + kv_head * group + i % group) * dim;
+  };
   for (int64_t i = 0; i < num_queries; ++i) {
-    const int64_t at = ((first_row + i / group) * job.num_heads + head + i % group) * dim;
-    load_row(job.q, job.rows_are_bfloat16, at, dim, padded, q + i * padded);
-    for (int64_t d = 0; d < padded; ++d) q[i * padded + d] *= scale, sum[i * padded + d] = 0.0f;
-    peaks[i] = -1e30f, totals[i] = 0.0f;
+    load_row(job.q, job.rows_are_bfloat16, place(i), dim, padded, rows.q + i * padded);
+    for (int64_t d = 0; d < padded; ++d)
+      rows.q[i * padded + d] *= scale, rows.sums[i * padded + d] = 0.0f;
+    rows.peaks[i] = -1e30f, rows.totals[i] = 0.0f;
   }
   const int64_t first_position = job.row_positions[first_row];
   const int64_t last_position = first_position + num_rows - 1;
   const int32_t* table = job.page_table + job.row_slots[first_row] * job.table_width;
-  const int64_t first_key = first_position - job.window + 1 > 0 ? first_position - job.window + 1 : 0;
+  const int64_t first_key = std::max<int64_t>(first_position - job.window + 1, 0);
   for (int64_t start = first_key / kKeyBlock * kKeyBlock; start <= last_position; start += kKeyBlock) {
-    const int64_t end = last_position < start + kKeyBlock - 1 ? last_position : start + kKeyBlock - 1;
-    for (int64_t position = start < first_key ? first_key : start; position <= end; ++position) {
-      const int64_t page = table[position / job.page_size];
-      const int64_t token = page * job.page_size + position % job.page_size;
-      const int64_t key = ((token * 2) * job.num_kv_heads + kv_head) * dim;
-      load_row(job.pages, job.pages_are_bfloat16, key, dim, padded, keys + (position - start) * padded);
-      load_row(job.pages, job.pages_are_bfloat16, key + job.num_kv_heads * dim, dim, padded,
-               values + (position - start) * padded);
-    }
-    for (int64_t i = 0; i < num_queries; ++i) {
-      const int64_t position = first_position + i / group;
-      int64_t first = position - job.window + 1 - start, last = position - start;
-      if (first < 0) first = 0;
-      if (last > kKeyBlock - 1) last = kKeyBlock - 1;
-      if (first > last) continue;
-      Query query{q + i * padded, sum + i * padded, scores + i * kKeyBlock, peaks[i], totals[i]};
-      add_keys(query, keys, values, padded, first, last);
-      peaks[i] = query.peak, totals[i] = query.total;
-    }
+    load_block(job, table, kv_head, start, std::max(start, first_key),
+               std::min(last_position, start + kKeyBlock - 1), plain, keys, values);
+    rows.position = first_position - start;
+    // Rows before the block see none of it, nor do those whose windows begin after it.
+    int64_t begin = 0, end = num_queries;
+    while (begin < end && rows.last(begin) < 0) begin += group;
+    while (begin < end && rows.first(end - 1) >= kKeyBlock) end -= group;
+    attend_block(rows, begin, end, keys, values, dim, padded);
   }
-  for (int64_t i = 0; i < num_queries; ++i) {
-    const int64_t at = ((first_row + i / group) * job.num_heads + head + i % group) * dim;
-    const float inverse = 1.0f / totals[i];
-    for (int64_t d = 0; d < dim; ++d) {
-      const float value = sum[i * padded + d] * inverse;
-      if (job.rows_are_bfloat16)
-        static_cast<uint16_t*>(job.out)[at + d] = jaxserve::float_to_bfloat16(value);
-      else
-        static_cast<float*>(job.out)[at + d] = value;
-    }
-  }
+  for (int64_t i = 0; i < num_queries; ++i)
+    store_row(job, place(i), rows.sums + i * padded, rows.totals[i]);
 }
 
 }  // namespace

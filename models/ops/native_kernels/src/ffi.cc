@@ -45,6 +45,43 @@ ffi::Error linear_handler(ffi::AnyBuffer x, ffi::Buffer<ffi::U8> weights, ffi::B
   return ffi::Error::Success();
 }
 
+// Rows past the live ones are zero.
+ffi::Error gate_handler(ffi::AnyBuffer x, ffi::Buffer<ffi::S32> num_live,
+                        ffi::Result<ffi::AnyBuffer> out, bool is_gelu) {
+  if (x.dimensions().size() != 2 || out->dimensions().size() != 2 ||
+      out->dimensions()[0] != x.dimensions()[0] || 2 * out->dimensions()[1] != x.dimensions()[1])
+    return invalid("gate: x must be [T, 2 F], and out [T, F]");
+  if (!is_float(x.element_type()) || out->element_type() != x.element_type())
+    return invalid("gate: x and out must both be float32 or bfloat16");
+  const int64_t num_rows = x.dimensions()[0];
+  const int64_t live = std::clamp<int64_t>(num_live.typed_data()[0], 0, num_rows);
+  const size_t live_bytes = out->size_bytes() / std::max<int64_t>(num_rows, 1) * live;
+  std::memset(static_cast<char*>(out->untyped_data()) + live_bytes, 0,
+              out->size_bytes() - live_bytes);
+  gate(chosen_kernels(),
+       {out->dimensions()[1], x.untyped_data(), out->untyped_data(),
+        x.element_type() == ffi::BF16, is_gelu},
+       live);
+  return ffi::Error::Success();
+}
+
+ffi::Error peaks_handler(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> num_live,
+                         ffi::Result<ffi::Buffer<ffi::S32>> indices,
+                         ffi::Result<ffi::Buffer<ffi::S32>> are_finite) {
+  if (x.dimensions().size() != 2 || x.dimensions()[1] < 1)
+    return invalid("peaks: x must be [N, V], and V not 0");
+  const int64_t num_rows = x.dimensions()[0], count = x.dimensions()[1];
+  if (indices->element_count() != static_cast<size_t>(num_rows) ||
+      are_finite->element_count() != static_cast<size_t>(num_rows))
+    return invalid("peaks: there must be a result for each row");
+  const int64_t live = std::clamp<int64_t>(num_live.typed_data()[0], 0, num_rows);
+  std::fill(indices->typed_data() + live, indices->typed_data() + num_rows, 0);
+  std::fill(are_finite->typed_data() + live, are_finite->typed_data() + num_rows, 0);
+  find_peaks(chosen_kernels(), x.typed_data(), live, count, indices->typed_data(),
+             are_finite->typed_data());
+  return ffi::Error::Success();
+}
+
 // Pools: [L, P + 1, page_size, 2, K, D], float32, or bfloat16 as its bits.
 bool is_pool(const ffi::AnyBuffer& pool) {
   return pool.dimensions().size() == 6 && pool.dimensions()[3] == 2 &&
@@ -134,6 +171,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::linear_handler,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("kind"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gate, jaxserve::gate_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<bool>("is_gelu"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_peaks, jaxserve::peaks_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>());
 
 #define JAXSERVE_S32 Arg<xla::ffi::Buffer<xla::ffi::S32>>()
 

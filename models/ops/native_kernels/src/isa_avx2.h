@@ -9,6 +9,7 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kFloatRows = 3;
 constexpr int kIntRows = 4;
+constexpr int kQueryRows = 4, kScoreVectors = 2;  // of attention: 8 accumulators
 
 using V = __m256;
 using VI = __m256i;
@@ -22,6 +23,16 @@ inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V vdiv(V a, V b) { return _mm256_div_ps(a, b); }
+// `negative` where x < 0, else `other`.
+inline V where_negative(V x, V negative, V other) {
+  return _mm256_blendv_ps(other, negative, _mm256_cmp_ps(x, zero(), _CMP_LT_OQ));
+}
+// The first lane in which both are equal, or -1.
+inline int first_equal(V a, V b) {
+  const int lanes = _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+  return lanes == 0 ? -1 : __builtin_ctz(lanes);
+}
 inline V vmax(V a, V b) { return _mm256_max_ps(a, b); }
 inline V vmin(V a, V b) { return _mm256_min_ps(a, b); }
 inline V vabs(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
@@ -59,6 +70,29 @@ inline void store_int8(int8_t* p, V v) {
   int32_t low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
   __builtin_memcpy(p, &low, 4);
   __builtin_memcpy(p + 4, &high, 4);
+}
+
+// 8 x 8 values.
+inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  V a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const V even = load(in + 2 * i * in_stride), odd = load(in + (2 * i + 1) * in_stride);
+    a[2 * i] = _mm256_unpacklo_ps(even, odd);
+    a[2 * i + 1] = _mm256_unpackhi_ps(even, odd);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44), b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  // b[4 i + j] holds rows 4 i .. 4 i + 3 of columns j and 4 + j.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    store(out + j * out_stride, _mm256_permute2f128_ps(b[j], b[4 + j], 0x20));
+    store(out + (4 + j) * out_stride, _mm256_permute2f128_ps(b[j], b[4 + j], 0x31));
+  }
 }
 
 // Has the compiler add at once: it would else keep all products of a group and spill them.

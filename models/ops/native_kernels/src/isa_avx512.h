@@ -10,6 +10,7 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kFloatRows = 12;  // accumulators of 12 rows x 32 columns fill 24 of 32 registers
 constexpr int kIntRows = 8;
+constexpr int kQueryRows = 6, kScoreVectors = 4;  // of attention: 24 accumulators
 
 using V = __m512;
 using VI = __m512i;
@@ -23,6 +24,16 @@ inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V vdiv(V a, V b) { return _mm512_div_ps(a, b); }
+// `negative` where x < 0, else `other`.
+inline V where_negative(V x, V negative, V other) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_LT_OQ), other, negative);
+}
+// The first lane in which both are equal, or -1.
+inline int first_equal(V a, V b) {
+  const uint32_t lanes = _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+  return lanes == 0 ? -1 : __builtin_ctz(lanes);
+}
 inline V vmax(V a, V b) { return _mm512_max_ps(a, b); }
 inline V vmin(V a, V b) { return _mm512_min_ps(a, b); }
 inline V vabs(V a) { return _mm512_abs_ps(a); }
@@ -51,6 +62,40 @@ inline V to_float(VI a) { return _mm512_cvtepi32_ps(a); }
 // Stores lanes as int8; they are within -127 .. 127.
 inline void store_int8(int8_t* p, V v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+// 16 x 16 values.
+inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  V a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const V even = load(in + 2 * i * in_stride), odd = load(in + (2 * i + 1) * in_stride);
+    a[2 * i] = _mm512_unpacklo_ps(even, odd);
+    a[2 * i + 1] = _mm512_unpackhi_ps(even, odd);
+  }
+  const auto low = [](V x, V y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const auto high = [](V x, V y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = low(a[i], a[i + 2]), b[i + 1] = high(a[i], a[i + 2]);
+    b[i + 2] = low(a[i + 1], a[i + 3]), b[i + 3] = high(a[i + 1], a[i + 3]);
+  }
+  // b[4 i + j] holds rows 4 i .. 4 i + 3 of columns j, 4 + j, 8 + j and 12 + j.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const V first = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x44);
+    const V second = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44);
+    const V third = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xee);
+    const V fourth = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xee);
+    store(out + j * out_stride, _mm512_shuffle_f32x4(first, second, 0x88));
+    store(out + (4 + j) * out_stride, _mm512_shuffle_f32x4(first, second, 0xdd));
+    store(out + (8 + j) * out_stride, _mm512_shuffle_f32x4(third, fourth, 0x88));
+    store(out + (12 + j) * out_stride, _mm512_shuffle_f32x4(third, fourth, 0xdd));
+  }
 }
 
 // Has the compiler add at once: it would else keep all products of a group and spill them.

@@ -8,6 +8,7 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kFloatRows = 1;
 constexpr int kIntRows = 1;
+constexpr int kQueryRows = 4, kScoreVectors = 1;  // of attention
 
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t VI __attribute__((vector_size(16)));
@@ -27,6 +28,18 @@ inline V fma(V a, V b, V c) { return a * b + c; }
 inline V add(V a, V b) { return a + b; }
 inline V sub(V a, V b) { return a - b; }
 inline V mul(V a, V b) { return a * b; }
+inline V vdiv(V a, V b) { return a / b; }
+// `negative` where x < 0, else `other`.
+inline V where_negative(V x, V negative, V other) {
+  for (int i = 0; i < 4; ++i) other[i] = x[i] < 0 ? negative[i] : other[i];
+  return other;
+}
+// The first lane in which both are equal, or -1.
+inline int first_equal(V a, V b) {
+  for (int i = 0; i < 4; ++i)
+    if (a[i] == b[i]) return i;
+  return -1;
+}
 inline V vmax(V a, V b) {
   for (int i = 0; i < 4; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
   return a;
@@ -88,6 +101,10 @@ inline void load_pairs(const uint8_t* p, V& first, V& second) {
     first[i] = from_bits(pair << 16);
     second[i] = from_bits(pair & 0xffff0000u);
   }
+}
+inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) out[j * out_stride + i] = in[i * in_stride + j];
 }
 inline V to_float(VI a) {
   V v;

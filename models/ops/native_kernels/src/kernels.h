@@ -33,6 +33,15 @@ struct AttentionJob {
   int64_t window;             // keys that a row sees, itself included
 };
 
+// A gated MLP's rows between its projections: activation(gate) * up.
+struct GateJob {
+  int64_t width;
+  const void* x;   // [rows][gate, up][width]
+  void* out;       // [rows][width]
+  bool is_bfloat16;
+  bool is_gelu;    // its tanh form; else SiLU
+};
+
 struct Kernels {
   const char* name;
   // One block of output columns, all rows.
@@ -43,14 +52,20 @@ struct Kernels {
   // attention_scratch_floats(...).
   void (*attend)(const AttentionJob& job, int64_t first_row, int64_t num_rows, int64_t kv_head,
                  float* scratch);
+  void (*gate_row)(const GateJob& job, int64_t row);
+  // The first place of the largest value, and whether all are finite. Where one is NaN, the place
+  // is any.
+  bool (*find_peak)(const float* x, int64_t count, int32_t* index);
 };
 
 constexpr int64_t kKeyBlock = 64;  // keys that the online softmax takes at once
 
 static inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+constexpr int64_t kMaxLanes = 16;
 static inline int64_t attention_scratch_floats(int64_t num_queries, int64_t head_dim) {
-  // Keys and values of a block; queries and sums; scores; peaks and totals.
-  return 2 * kKeyBlock * padded_dim(head_dim) + num_queries * (2 * padded_dim(head_dim) + kKeyBlock + 2);
+  // Keys and values of a block, and keys on their way; queries and sums; weights; peaks and totals.
+  return (2 * kKeyBlock + kMaxLanes) * padded_dim(head_dim) +
+         num_queries * (2 * padded_dim(head_dim) + kKeyBlock + 2);
 }
 
 extern const Kernels kPlain;

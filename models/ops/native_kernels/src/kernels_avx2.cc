@@ -3,8 +3,9 @@
 
 #include "attention.inc.h"
 #include "linear.inc.h"
+#include "rows.inc.h"
 
 namespace jaxserve {
-extern const Kernels kAvx2 = {"avx2", linear_block, quantize_row, attend};
+extern const Kernels kAvx2 = {"avx2", linear_block, quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve
 #endif

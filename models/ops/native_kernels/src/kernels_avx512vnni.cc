@@ -4,8 +4,9 @@
 
 #include "attention.inc.h"
 #include "linear.inc.h"
+#include "rows.inc.h"
 
 namespace jaxserve {
-extern const Kernels kAvx512Vnni = {"avx512vnni", linear_block, quantize_row, attend};
+extern const Kernels kAvx512Vnni = {"avx512vnni", linear_block, quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve
 #endif

@@ -2,7 +2,8 @@
 
 #include "attention.inc.h"
 #include "linear.inc.h"
+#include "rows.inc.h"
 
 namespace jaxserve {
-extern const Kernels kPlain = {"plain", linear_block, quantize_row, attend};
+extern const Kernels kPlain = {"plain", linear_block, quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve

@@ -1,6 +1,7 @@
 // The kernels' own test, without XLA: every instruction set that this machine has against sums in
 // double, and the same bits whatever rows stand beside a row and however many threads there are.
 // Built by `make native-sanitize` with ASan and UBSan.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -195,6 +196,39 @@ void test_attention(const Kernels& kernels, int64_t dim, int64_t window) {
   }
 }
 
+void test_gate(const Kernels& kernels, int64_t width, bool is_gelu) {
+  const int64_t rows = 9;
+  std::vector<float> x(rows * 2 * width), out(rows * width), alone(width);
+  for (float& value : x) value = 20 * uniform();
+  set_num_threads(2);
+  gate(kernels, {width, x.data(), out.data(), false, is_gelu}, rows);
+  for (int64_t i = 0; i < rows * width; ++i) {
+    const float* at = x.data() + i / width * 2 * width + i % width;
+    const double value = at[0], up = at[width], cubed = value * value * value;
+    const double argument = is_gelu ? 1.5957691216057308 * (value + 0.044715 * cubed) : value;
+    const double wanted = value / (1 + std::exp(-argument)) * up;
+    CHECK(std::abs(out[i] - wanted) <= 2e-6 * std::abs(wanted) + 1e-6, "%s: %g, not %g",
+          kernels.name, out[i], wanted);
+  }
+  gate(kernels, {width, x.data() + 8 * width, alone.data(), false, is_gelu}, 1);
+  CHECK(std::memcmp(alone.data(), out.data() + 4 * width, 4 * width) == 0, "%s", kernels.name);
+}
+
+void test_peaks(const Kernels& kernels, int64_t count) {
+  const int64_t rows = 5;
+  std::vector<float> x(rows * count);
+  for (float& value : x) value = static_cast<float>(random_source() % 7);
+  x[count / 2] = NAN;
+  std::vector<int32_t> indices(rows), are_finite(rows);
+  find_peaks(kernels, x.data(), rows, count, indices.data(), are_finite.data());
+  CHECK(are_finite[0] == 0, "%s", kernels.name);
+  for (int64_t row = 1; row < rows; ++row) {
+    const float* first = x.data() + row * count;
+    CHECK(are_finite[row] == 1, "%s", kernels.name);
+    CHECK(indices[row] == std::max_element(first, first + count) - first, "%s", kernels.name);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -208,6 +242,9 @@ int main() {
     }
     for (int64_t dim : {8, 64, 80})
       for (int64_t window : {1, 50, 1 << 30}) test_attention(**at, dim, window);
+    for (int64_t width : {1, 16, 71, 600})
+      for (bool is_gelu : {false, true}) test_gate(**at, width, is_gelu);
+    for (int64_t count : {1, 15, 16, 1000, 40001}) test_peaks(**at, count);
     std::printf("%s: passed\n", (*at)->name);
   }
   return 0;

@@ -199,12 +199,15 @@ void quantize_row(const float* x, int64_t num_in, int8_t* codes, float* scales, 
       for (int64_t i = 0; i < jaxserve::kGroup; ++i) padded[i] = i < count ? values[i] : 0.0f;
       values = padded;
     }
-    V peak = zero();
-    for (int64_t i = 0; i < jaxserve::kGroup; i += kLanes) peak = vmax(peak, vabs(load(values + i)));
+    V peak = zero(), probes = zero();
+    for (int64_t i = 0; i < jaxserve::kGroup; i += kLanes) {
+      const V value = load(values + i);
+      peak = vmax(peak, vabs(value));
+      probes = fma(value, zero(), probes);
+    }
     const float largest = reduce_max(peak);
     // NaN and infinity must not vanish: the scale carries them into every output.
-    float probe = 0.0f;
-    for (int64_t i = 0; i < jaxserve::kGroup; ++i) probe += values[i] * 0.0f;
+    const float probe = reduce_add(probes);
     const bool is_sound = probe == 0.0f;
     const float inverse = largest > 0.0f && is_sound ? 127.0f / largest : 0.0f;
     scales[g] = is_sound ? largest / 127.0f : probe;

@@ -14,12 +14,16 @@ namespace {
 constexpr int64_t kSmallWork = 1 << 15;     // multiplications below which threads cost more
 constexpr int64_t kPiecesPerThread = 16;    // so that a thread that is held up holds up little
 
-// Memory of the calling thread that grows and stays: a step allocates nothing.
+// Memory of the calling thread that grows and stays: a step allocates nothing. It begins with a
+// cache line: vectors across two lines take twice as long.
 template <typename T, int kUse>
 T* scratch(int64_t count) {
+  constexpr size_t kLine = 64;
   thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
+  const size_t wanted = static_cast<size_t>(count) + kLine / sizeof(T);
+  if (memory.size() < wanted) memory.resize(wanted);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (-start % kLine) / sizeof(T);
 }
 
 void for_each(int64_t count, bool in_parallel, void (*piece)(void*, int64_t), void* context) {
@@ -66,11 +70,13 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
       kernels.quantize_row(x + row * args.num_in, args.num_in, codes + row * groups * kGroup,
                            scales + row * groups, sums + row * groups);
       const int64_t start = row * groups * kGroup;
-      for (int64_t i = start; i < start + groups * kGroup; ++i) wide_codes[i] = codes[i];
+      if (args.kind != kQ4)
+        for (int64_t i = start; i < start + groups * kGroup; ++i) wide_codes[i] = codes[i];
       for (int64_t g = row * groups; g < (row + 1) * groups; ++g)
         scaled_sums[g] = scales[g] * static_cast<float>(sums[g]);
     });
-    job.codes = codes, job.wide_codes = wide_codes, job.scales = scales, job.sums = sums, job.scaled_sums = scaled_sums;
+    job.codes = codes, job.wide_codes = wide_codes;
+    job.scales = scales, job.sums = sums, job.scaled_sums = scaled_sums;
   }
   const int64_t blocks = num_blocks(args.kind, args.num_out);
   const int64_t per_piece = std::max<int64_t>(1, blocks / (kPiecesPerThread * get_num_threads()));
@@ -80,18 +86,30 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   });
 }
 
+void gate(const Kernels& kernels, const GateJob& job, int64_t num_rows) {
+  each(num_rows, num_rows * job.width >= kSmallWork, [&](int64_t row) { kernels.gate_row(job, row); });
+}
+
+void find_peaks(const Kernels& kernels, const float* x, int64_t num_rows, int64_t count,
+                int32_t* indices, int32_t* are_finite) {
+  each(num_rows, num_rows * count >= kSmallWork, [&](int64_t row) {
+    are_finite[row] = kernels.find_peak(x + row * count, count, indices + row);
+  });
+}
+
 void attention(const Kernels& kernels, const AttentionJob& job, const AttentionItems& decodes,
                const AttentionItems& tiles) {
   const int64_t heads = job.num_kv_heads, items = decodes.count + tiles.count;
   const int64_t group = job.num_heads / heads;
+  // A head's items follow one another, so that one finds in the cache what the one before read.
   each(items * heads, items > 1, [&](int64_t piece) {
-    const int64_t item = piece / heads;
+    const int64_t item = piece % items;
     const AttentionItems& view = item < decodes.count ? decodes : tiles;
     const int64_t at = item < decodes.count ? item : item - decodes.count;
     const int64_t num_rows = view.num_rows == nullptr ? 1 : view.num_rows[at];
     if (num_rows <= 0) return;
     float* memory = scratch<float, 4>(attention_scratch_floats(num_rows * group, job.head_dim));
-    kernels.attend(job, view.starts[at], num_rows, piece % heads, memory);
+    kernels.attend(job, view.starts[at], num_rows, piece / items, memory);
   });
 }
 

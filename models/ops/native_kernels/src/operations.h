@@ -17,6 +17,13 @@ struct LinearArgs {
 };
 void linear(const Kernels& kernels, const LinearArgs& args);
 
+// The first `num_rows` rows.
+void gate(const Kernels& kernels, const GateJob& job, int64_t num_rows);
+
+// Of each of `num_rows` rows [count]: see Kernels::find_peak.
+void find_peaks(const Kernels& kernels, const float* x, int64_t num_rows, int64_t count,
+                int32_t* indices, int32_t* are_finite);
+
 struct AttentionItems {
   const int32_t* starts;
   const int32_t* num_rows;  // nullptr: one each

@@ -12,7 +12,7 @@ UV := $(BIN)/uv
 # uv is named in full, so that it works on this environment and no other.
 UV_PIP := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip
 
-.PHONY: help setup native native-sanitize demo test test-long lint format typecheck protos goldens locks wheel clean
+.PHONY: help setup native native-if-possible native-sanitize demo test test-long lint format typecheck protos goldens locks wheel clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,10 +39,18 @@ $(NATIVE_STAMP): $(STAMP) $(wildcard $(NATIVE)/src/* $(NATIVE)/*.py $(NATIVE)/*/
 	$(UV_PIP) install --quiet --no-deps --no-build-isolation --reinstall ./$(NATIVE)
 	@touch $@
 
+# For what runs without them, too.
+native-if-possible: $(STAMP)
+	@if { command -v c++ || command -v g++ || command -v clang++; } >/dev/null || $(BIN)/python -c 'import ziglang' 2>/dev/null; \
+	then $(MAKE) --no-print-directory native \
+	|| echo "the native kernels did not compile: XLA multiplies, more slowly (docs/native.md)"; \
+	else echo "no C++ compiler, so no native kernels: XLA multiplies, more slowly (docs/native.md)"; \
+	fi >&2
+
 native-sanitize: $(STAMP) ## The kernels' own test with ASan and UBSan
 	$$($(BIN)/python $(NATIVE)/build_kernels.py --out build/native-sanitize --sanitize)
 
-demo: $(STAMP) ## Serve the default model, stream an answer over gRPC, print TTFT and TPOT
+demo: native-if-possible ## Serve the default model, stream an answer over gRPC, print TTFT and TPOT
 	$(BIN)/python tools/demo.py
 
 # A file's tests stay together: many share a fixture that is dear to make.

@@ -289,6 +289,20 @@ def _model_of_run(engine_config: EngineConfig, run: Path) -> EngineConfig:
     return replace(engine_config, model=str(run))
 
 
+def _encodes(path: Path) -> bool:
+    """Whether a model makes vectors or labels, not text."""
+    from models.encoder_loading import is_encoder
+
+    if is_encoder(path):
+        return True
+    if not path.is_dir():
+        return False
+    # A classifier is a folder; what knows of them takes half a second to import.
+    from jaxserve.xc.model_folder import is_xc_model
+
+    return is_xc_model(path)
+
+
 async def _serve(
     engine_config: EngineConfig,
     server_config: ServerConfig,
@@ -313,17 +327,15 @@ async def _serve(
     def start() -> RunningEngine | RunningEncoder:
         # Imports jax, which takes a second: the ports are taken before.
         from jaxserve.cli.startup_view import PhasePrinter
-        from jaxserve.engine.encoder.startup import start_encoder
         from jaxserve.engine.startup import start_engine
         from jaxserve.model_store import resolve
-        from jaxserve.xc.model_folder import is_xc_model
-        from models.encoder_loading import is_encoder
 
         if engine_config.model.lower() in CATALOG:
             pull_with_progress(engine_config.model)
         console.print(f"starting {engine_config.model}")
-        path = Path(resolve(engine_config.model))
-        if watch is None and seat is None and (is_encoder(path) or is_xc_model(path)):
+        if watch is None and seat is None and _encodes(Path(resolve(engine_config.model))):
+            from jaxserve.engine.encoder.startup import start_encoder
+
             return start_encoder(engine_config, PhasePrinter(console))
         nonlocal leader
         leader = None if seat is None else seat.leader(on_loss)

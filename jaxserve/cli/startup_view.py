@@ -30,15 +30,15 @@ class PhasePrinter:
 
 def print_report(console: Console, report: StartupReport | EncoderReport) -> None:
     """The resolved settings and the memory plan."""
-    # Imported late: `--help` must not wait for jax.
-    from jaxserve.engine.encoder.startup import EncoderReport
+    # Imported late: `--help` must not wait for jax, nor text generation for what encoders need.
+    from jaxserve.engine.startup import StartupReport
 
-    if isinstance(report, EncoderReport):
-        console.print(_encoder_settings_table(report))
-        console.print(_encoder_memory_table(report))
-    else:
+    if isinstance(report, StartupReport):
         console.print(_settings_table(report))
         console.print(_memory_table(report))
+    else:
+        console.print(_encoder_settings_table(report))
+        console.print(_encoder_memory_table(report))
     console.print(f"ready after {report.ready_s:.1f} s, {report.num_compiles} compilations")
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jaxserve.engine.kept_traces import TraceFolder, lower_step
 from jaxserve.engine.mask_loads import MaskLoadLayout, load_masks
 from jaxserve.engine.mesh_step import make_mesh_load_masks, make_mesh_load_slot, make_mesh_step
 from jaxserve.engine.pipeline_step import make_tick
@@ -114,6 +115,8 @@ class ProgramSpec:
     """Instead of `device`: the mesh."""
     compiler_options: Sequence[tuple[str, bool]] = ()
     """Of XLA, for the steps."""
+    traces: TraceFolder | None = None
+    """Where the steps of one CPU are kept as they were traced; None: they are traced anew."""
     place: AdapterPool | None = None
     """One place of the pool of adapters, as `jax.ShapeDtypeStruct`; None without room for any."""
 
@@ -251,7 +254,12 @@ class ProgramBuild:
 
 
 def _compile_step(spec: ProgramSpec, layout: StepLayout) -> Any:
-    lowered = trace_step(spec, layout).lower()
+    if spec.traces is not None:
+        step = make_step(spec.config, layout, spec.attention)
+        vector = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        lowered = lower_step(spec.traces, spec, layout, step, vector)
+    else:
+        lowered = trace_step(spec, layout).lower()
     return lowered.compile(compiler_options=dict(spec.compiler_options) or None)
 
 

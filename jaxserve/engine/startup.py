@@ -31,6 +31,8 @@ from jaxserve.engine.group.leader import Leader
 from jaxserve.engine.group.leader_device import LeaderDevice
 from jaxserve.engine.group.shared_settings import fingerprint, shared_settings
 from jaxserve.engine.jax_executor import JaxExecutor
+from jaxserve.engine.kept_traces import TraceFolder
+from jaxserve.engine.kept_weights import load_kept_params
 from jaxserve.engine.launch import start_devices
 from jaxserve.engine.live_weights import LiveWeights
 from jaxserve.engine.memory_plan import MemoryPlan, available_bytes, bytes_per_device
@@ -39,7 +41,7 @@ from jaxserve.engine.phases import OnPhase, Phases
 from jaxserve.engine.pipeline_executor import PipelineExecutor
 from jaxserve.engine.plan import Chunk, Decodes, MaskLoad, SlotLoad, StepPlan
 from jaxserve.engine.sampling_params import SamplingParams
-from jaxserve.engine.served_params import file_kinds, load_served_params, make_place
+from jaxserve.engine.served_params import file_kinds, make_place
 from jaxserve.engine.settings import EngineSettings, resolve_settings
 from jaxserve.engine.sizing import make_scheduler
 from jaxserve.engine.slots import num_mask_words
@@ -206,13 +208,15 @@ def open_generator(model: str) -> ModelSource:
 
 def load_and_compile(source: ModelSource, settings: EngineSettings, phases: Phases) -> StepDevice:
     """Weights, pool and programs, side by side."""
+    # Native steps run on one CPU, and each program's calls of kernels are ours.
+    traces = None if settings.native is None else TraceFolder.of(settings.cache_dir)
     with (
-        ProgramBuild(program_spec(settings)) as build,
+        ProgramBuild(program_spec(settings, traces)) as build,
         ThreadPoolExecutor(1, thread_name_prefix="allocate") as allocator,
     ):
         state = allocator.submit(allocate, settings)
         with phases.time("load weights"):
-            params = load_served_params(source, settings)
+            params = load_kept_params(source, settings)
         with phases.time("wait for the pool"):
             arrays = state.result()
         with phases.time("wait for the compiler"):
@@ -234,7 +238,7 @@ def make_executor(device: StepDevice) -> AnyExecutor:
     return PipelineExecutor(device) if device.programs.num_stages > 1 else JaxExecutor(device)
 
 
-def program_spec(settings: EngineSettings) -> ProgramSpec:
+def program_spec(settings: EngineSettings, traces: TraceFolder | None = None) -> ProgramSpec:
     return ProgramSpec(
         config=settings.model_config,
         dtype=settings.dtype,
@@ -247,6 +251,7 @@ def program_spec(settings: EngineSettings) -> ProgramSpec:
         sharding=settings.sharding,
         compiler_options=settings.compiler_options,
         place=settings.abstract_adapters(1),
+        traces=traces,
     )
 
 

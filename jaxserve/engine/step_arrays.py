@@ -15,6 +15,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxserve.engine.settings import EngineSettings
 from jaxserve.engine.slots import SlotState, slot_state_shapes
 from models.ops.attention.kv_pool import KV_POOL_AXES, kv_pool_shape
+from models.ops.native import untouched
 from models.sharding import ModelSharding
 
 
@@ -77,23 +78,31 @@ def _between_stages(settings: EngineSettings, sharding: ModelSharding) -> jax.Sh
 
 
 def allocate(settings: EngineSettings) -> StepArrays:
-    """The KV pool, the slots and the pool of adapters, zeroed."""
-    return zeroed(abstract_arrays(settings), SingleDeviceSharding(settings.device))
+    """The KV pool, the slots and the pool of adapters, as `fresh` makes them."""
+    default = SingleDeviceSharding(settings.device)
+    return fresh(abstract_arrays(settings), default, is_native=settings.native is not None)
 
 
-def zeroed(abstract: StepArrays, default: Sharding) -> StepArrays:
-    """Arrays of zeros.
+def fresh(abstract: StepArrays, default: Sharding, *, is_native: bool) -> StepArrays:
+    """Arrays of zeros; but the KV pool of native kernels holds anything.
+
+    Attention reads no token that has not been written, so what a pool holds at first makes no
+    difference. Zeros of a large one take a CPU seconds to write.
 
     Args:
+        abstract: their shapes.
         default: where those go that name no sharding.
+        is_native: whether native kernels run the steps.
     """
 
     def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         array: jax.Array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding or default)
         return array
 
-    arrays = jax.tree.map(
-        zeros, (abstract.kv_pool, abstract.slots, abstract.between_stages, abstract.adapters)
-    )
-    jax.block_until_ready(arrays)
-    return StepArrays(*arrays)
+    if is_native:
+        pool = untouched(abstract.kv_pool.shape, abstract.kv_pool.dtype)
+    else:
+        pool = zeros(abstract.kv_pool)
+    others = jax.tree.map(zeros, (abstract.slots, abstract.between_stages, abstract.adapters))
+    jax.block_until_ready((pool, others))
+    return StepArrays(pool, *others)

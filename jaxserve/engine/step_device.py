@@ -18,8 +18,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxserve.engine.compilation import Programs
 from jaxserve.engine.executor import StepOutOfMemory
 from jaxserve.engine.step import Params
-from jaxserve.engine.step_arrays import StepArrays, zeroed
+from jaxserve.engine.step_arrays import StepArrays, fresh
 from models.adapter_pool import AdapterPool
+from models.native_layout import PACKED_HEAD
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -78,14 +79,15 @@ class StepDevice:
 
     @_names_lack_of_memory
     def renew(self) -> None:
-        """Puts zeros in place of all that steps update: one that failed may have taken it along.
+        """Puts fresh arrays in place of what steps update: a failed one may have taken it.
 
         Compiles nothing, since start-up made the same ones. Raises StepOutOfMemory.
         """
         old = (self.kv_pool, self.slots, self._between_stages)
         for array in jax.tree.leaves(old):
             array.delete()
-        arrays = zeroed(self._abstract, self.programs.inputs_sharding)
+        is_native = PACKED_HEAD in self.params
+        arrays = fresh(self._abstract, self.programs.inputs_sharding, is_native=is_native)
         self.kv_pool, self.slots = arrays.kv_pool, arrays.slots
         self._between_stages = arrays.between_stages
 

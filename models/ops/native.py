@@ -11,12 +11,14 @@ import importlib.util
 import os
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import psutil
+from jax.typing import DTypeLike
 
-TARGETS = ("linear", "gate", "peaks", "write", "attention")
+TARGETS = ("linear", "gate", "peaks", "write", "attention", "untouched")
 """Symbols `jaxserve_NAME` of the library, and names of the FFI's targets."""
 
 
@@ -83,6 +85,16 @@ def load_library(path: Path | None = None) -> NativeLibrary:
         library.set_num_threads(num_physical_cores())
         _loaded.append(library)
         return library
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def untouched(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """An array of any values, on the CPU. Memory that has not been written to takes no room yet.
+
+    `load_library` must have been called.
+    """
+    array: jax.Array = jax.ffi.ffi_call("jaxserve_untouched", jax.ShapeDtypeStruct(shape, dtype))()
+    return array
 
 
 def num_physical_cores() -> int:

@@ -46,6 +46,7 @@ class Recorded:
         config = EngineConfig(
             model=str(folder / "tiny"),
             dtype="float32",
+            kernels="xla",
             token_budget=8,
             buckets=(8, 72) if policy == "vllm_v0" else (4, 8),
             max_num_seqs=6,

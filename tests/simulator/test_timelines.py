@@ -116,6 +116,7 @@ def tiny_executor(tmp_path_factory: pytest.TempPathFactory, compilation_cache: P
     config = EngineConfig(
         model=str(folder),
         dtype="float32",
+        kernels="xla",
         token_budget=shape.token_budget,
         buckets=shape.buckets,
         max_num_seqs=shape.max_num_seqs,

@@ -64,6 +64,7 @@ def run_case(
     engine_config = EngineConfig(
         model="tiny",
         dtype="float32",
+        kernels="xla",
         mesh=parse_mesh(mesh),
         buckets=tuple(buckets),
         token_budget=token_budget,

@@ -60,6 +60,7 @@ def step_settings(case: Case, cache_dir: Path, attention: str) -> EngineSettings
         max_num_seqs=case.max_num_seqs,
         max_model_len=case.max_model_len,
         dtype="bfloat16",
+        kernels="xla",
         attention=attention,
         compilation_cache_dir=cache_dir,
     )

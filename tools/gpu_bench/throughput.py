@@ -29,6 +29,7 @@ def measure(case: Case, num_shared: int, cache_dir: Path, attention: str) -> dic
     `num_shared` that a peer serves, too, then as many others as the case has."""
     config = EngineConfig(
         dtype="bfloat16",
+        kernels="xla",
         attention=attention,
         max_model_len=case.max_model_len,
         max_num_seqs=min(256, case.max_num_seqs * 2),

@@ -84,6 +84,7 @@ def make_rig(
     config = EngineConfig(
         model=str(folder),
         dtype=point.dtype,
+        kernels="xla",
         max_num_seqs=point.max_num_seqs,
         max_model_len=point.context,
         token_budget=largest,

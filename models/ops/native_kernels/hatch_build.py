@@ -18,11 +18,15 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         """Tell hatchling of the library."""
         del version
         sys.path.insert(0, self.root)
-        from build_kernels import LIBRARY, build_library
+        from build_kernels import build_library, find_compiler, sources_digest
 
-        library = build_library(Path(mkdtemp(prefix="jaxserve-native-wheel-")))
+        compiler = find_compiler()
+        library = build_library(Path(mkdtemp(prefix="jaxserve-native-wheel-")), compiler)
+        digest = library.with_name("sources.txt")
+        digest.write_text(sources_digest(compiler), encoding="ascii")
         build_data["pure_python"] = False
         # No Python ABI is used, so one wheel serves every Python of this machine.
         machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{machine}"
-        build_data["force_include"][str(library)] = f"jaxserve_native/{LIBRARY}"
+        for file in (library, digest):
+            build_data["force_include"][str(file)] = f"jaxserve_native/{file.name}"

@@ -160,6 +160,9 @@ ffi::Error attention_handler(ffi::AnyBuffer q, ffi::AnyBuffer pool, ffi::Buffer<
   return ffi::Error::Success();
 }
 
+// A result that is left as it was allocated: memory that nobody touches is no memory in use.
+ffi::Error untouched_handler(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
+
 }  // namespace
 }  // namespace jaxserve
 
@@ -203,6 +206,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_attention, jaxserve::attention_handler,
                                   .JAXSERVE_S32.JAXSERVE_S32.JAXSERVE_S32.JAXSERVE_S32.JAXSERVE_S32
                                   .JAXSERVE_S32.JAXSERVE_S32.JAXSERVE_S32.JAXSERVE_S32.JAXSERVE_S32
                                   .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_untouched, jaxserve::untouched_handler,
+                              xla::ffi::Ffi::Bind().Ret<xla::ffi::AnyBuffer>());
 
 extern "C" {
 

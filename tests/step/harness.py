@@ -193,7 +193,9 @@ class Driver:
             size = self.scheduler.config.num_pages + 1
             padded = np.full(size, page_ids[0], np.int32)
             padded[: len(page_ids)] = page_ids
-            self.executor.device.kv_pool = _poison(self.executor.device.kv_pool, padded)
+            # And one placement: the first pool is bound to its device, what a step returns is not.
+            pool = self.executor.device.kv_pool
+            self.executor.device.kv_pool = _poison(jax.device_put(pool, pool.sharding), padded)
 
 
 def run_alone(settings: EngineSettings, request: Request, **kwargs: object) -> Stream:

@@ -12,7 +12,7 @@ UV := $(BIN)/uv
 # uv is named in full, so that it works on this environment and no other.
 UV_PIP := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip
 
-.PHONY: help setup native native-if-possible native-sanitize demo test test-long lint format typecheck protos goldens locks wheel clean
+.PHONY: help setup native native-if-possible native-sanitize demo test test-long test-soak lint format typecheck protos goldens locks wheel clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test: lint typecheck ## Lint, types and the fast tests
 
 test-long: $(STAMP) ## The tests that take minutes
 	$(PYTEST) --no-loadscope-reorder -m long --timeout 900
+
+test-soak: $(STAMP) ## Long forms of tests that `make test` has
+	$(PYTEST) -m soak --timeout 1800
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

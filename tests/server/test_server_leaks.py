@@ -64,7 +64,7 @@ def test_200_connect_cancel_cycles_leak_nothing(service):
     service.assert_idle()
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_10000_connect_cancel_cycles_leak_nothing(tmp_path):
     from jaxserve.engine.startup import start_engine
 

@@ -79,7 +79,7 @@ def test_a_fuzz_compiles_nothing(counter):
     assert fuzz(counter, num_steps=400, seconds=8, seed=0) == 0
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_long_fuzz_compiles_nothing(counter):
     assert fuzz(counter, num_steps=10**9, seconds=180, seed=1) == 0

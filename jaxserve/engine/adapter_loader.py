@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping
-from concurrent.futures import TimeoutError as WaitTimedOut
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from checkpoint.errors import FormatError
 from jaxserve.engine.adapter_names import AdapterNames, ServedAdapter
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.inbox import done_in_time
 from jaxserve.engine.lora_settings import ADAPTER_NAME
 from jaxserve.engine.served_params import make_place
 from jaxserve.engine.settings import EngineSettings
@@ -126,16 +126,11 @@ class AdapterLoader:
         placed = place_leaves(leaves, make_place(self._settings))
         jax.block_until_ready(placed)
         done = self._engine.run_between_steps(lambda: self._device.write_adapter(index, placed))
-        try:
-            done.result(WRITE_TIMEOUT_S)
-        except WaitTimedOut:
-            if not done.cancel():  # It runs at this very moment.
-                done.result()
-                return
+        if not done_in_time(done, WRITE_TIMEOUT_S):
             raise NotAccepting(
                 f"no step has come to its end for {WRITE_TIMEOUT_S:g} s, so that the adapter could "
                 "not be written: the device may hang"
-            ) from None
+            )
 
 
 def _digest(leaves: Mapping[str, npt.NDArray[Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as WaitTimedOut
 from dataclasses import dataclass
 
 from jaxserve.engine.output import OutputSink
@@ -26,6 +27,20 @@ class Errand:
     done: Future[None]
     waits: bool = True
     """Until no request runs; then none begins before it is done."""
+
+
+def done_in_time(done: Future[None], timeout_s: float | None) -> bool:
+    """Waits for an errand, and cancels it when the time is up. Raises what it raises.
+
+    False: it has not run and never will.
+    """
+    try:
+        done.result(timeout_s)
+    except WaitTimedOut:
+        if done.cancel():
+            return False
+        done.result()  # It ran at that very moment.
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import TimeoutError as WaitTimedOut
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from checkpoint.errors import FormatError
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.inbox import done_in_time
 from jaxserve.engine.memory_plan import available_bytes, bytes_per_device
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.scheduler.replica_scheduler import ReplicaPages
@@ -114,15 +114,10 @@ class LiveWeights:
             self._swaps = replace(self._swaps, num_done=self._swaps.num_done + 1)
 
         done = self._engine.run_between_requests(exchange)
-        try:
-            done.result(timeout_s)
-        except WaitTimedOut:
-            if not done.cancel():  # It runs at this very moment.
-                done.result()
-                return
+        if not done_in_time(done, timeout_s):
             raise WeightsRefused(
                 f"{path} is not served: requests of the old version still ran after {timeout_s:g} s"
-            ) from None
+            )
 
     def _load(self, source: ModelSource) -> Params:
         _check_config(self._settings.model_config, source.config)

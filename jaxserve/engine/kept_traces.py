@@ -88,9 +88,11 @@ def _trace(
     def flat(leaves: list[jax.Array], inputs: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves), inputs))
 
-    # Nobody promises that these calls stay as they are, but a trace of other code has another name.
-    ours = [export.DisabledSafetyCheck.custom_call(f"jaxserve_{target}") for target in TARGETS]
-    return export.export(jax.jit(flat), platforms=["cpu"], disabled_checks=ours)(leaves, vector)
+    # Nobody promises that these calls stay as they are, but a trace of other code, or for another
+    # jaxlib, has another name.
+    calls = [*(f"jaxserve_{target}" for target in TARGETS), "LayoutConstraint"]
+    kept = [export.DisabledSafetyCheck.custom_call(call) for call in calls]
+    return export.export(jax.jit(flat), platforms=["cpu"], disabled_checks=kept)(leaves, vector)
 
 
 def _digest(folder: TraceFolder, spec: ProgramSpec, layout: StepLayout) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxserve.engine.compilation import ProgramBuild
 from jaxserve.engine.jax_executor import JaxExecutor
@@ -64,6 +65,18 @@ def test_bits_are_those_of_a_step_that_was_not_kept(folder: TraceFolder) -> None
 
 def test_what_is_kept_is_not_traced_again(folder: TraceFolder) -> None:
     first = lower(folder, any_step).as_text()
+    assert lower(folder).as_text() == first
+
+
+def test_a_step_that_holds_xla_to_a_layout_is_kept(folder: TraceFolder) -> None:
+    """As the reference's KV write does, beside native products when keys are held in 8 bits."""
+
+    def step(params: Any, kv_pool: Any, slots: Any, inputs: jax.Array) -> Any:
+        held = with_layout_constraint(kv_pool, Layout(tuple(range(kv_pool.ndim))))
+        return any_step(params, held, slots, inputs)
+
+    first = lower(folder, step).as_text()
+    assert "LayoutConstraint" in first
     assert lower(folder).as_text() == first
 
 

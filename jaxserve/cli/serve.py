@@ -321,8 +321,13 @@ async def _serve(
     loop = asyncio.get_running_loop()
     lost: asyncio.Future[str] = loop.create_future()
 
+    def lose(why: str) -> None:
+        server.end_streams(why)
+        lost.set_result(why)
+
     def on_loss(loss: Loss) -> None:
-        loop.call_soon_threadsafe(lost.set_result, loss.message)
+        # The engine's thread hears of it after this, so what it says comes later, too.
+        loop.call_soon_threadsafe(lose, loss.message)
 
     def start() -> RunningEngine | RunningEncoder:
         # Imports jax, which takes a second: the ports are taken before.

@@ -131,11 +131,16 @@ class Server:
     async def lose(self, why: str) -> None:
         """What steps need is gone: streams end as UNAVAILABLE with `why`, health is NOT_SERVING
         (DEGRADED on HTTP), and requests are refused. The ports go on answering."""
+        self.end_streams(why)
+        await self._health.refresh()
+
+    def end_streams(self, why: str) -> None:
+        """The first part of `lose`, at once: what the engine's thread says of its own failure
+        would come between, and reads as an error of the request."""
         serving = self.state.serving
         if serving is not None:
             serving.engine.fail(why)
             serving.async_engine.lose(why)
-        await self._health.refresh()
 
     async def stop(self) -> bool:
         """Ends everything at once, the engine included. Can be called twice.

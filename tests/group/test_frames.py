@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxserve.engine.group import handshake
 from jaxserve.engine.group.config import GroupConfig, join_address, parse_address, read_token
 from jaxserve.engine.group.errors import GroupError
 from jaxserve.engine.group.follower_link import FollowerLink
@@ -88,6 +90,20 @@ def test_both_prove_the_token(ends: tuple[FrameSocket, FrameSocket]) -> None:
         leader = pool.submit(prove_to_follower, ends[0], TOKEN)
         prove_to_leader(ends[1], TOKEN, 3)
         assert leader.result() == 3
+
+
+def test_a_leader_that_is_still_importing_is_waited_for(
+    ends: tuple[FrameSocket, FrameSocket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT_S", 0.2)
+    with pytest.raises(TimeoutError):
+        prove_to_leader(ends[1], TOKEN, 3, greeting_timeout_s=0.4)
+    with ThreadPoolExecutor(1) as pool:
+        follower = pool.submit(prove_to_leader, ends[1], TOKEN, 3, greeting_timeout_s=60)
+        time.sleep(0.5)
+        monkeypatch.undo()
+        assert prove_to_follower(ends[0], TOKEN) == 3
+        follower.result()
 
 
 def test_another_token_convinces_neither(ends: tuple[FrameSocket, FrameSocket]) -> None:

@@ -21,7 +21,7 @@ from jaxserve.engine.group.config import GroupConfig, join_address
 from jaxserve.engine.group.errors import GroupError
 from jaxserve.engine.group.frames import MASK_LOAD, SLOT_LOAD, Frame, FrameError, FrameSocket, Kind
 from jaxserve.engine.group.gathering import GATHER_TIMEOUT_S, versions
-from jaxserve.engine.group.handshake import WrongToken, prove_to_leader
+from jaxserve.engine.group.handshake import HANDSHAKE_TIMEOUT_S, WrongToken, prove_to_leader
 from jaxserve.engine.group.liveness import (
     BEAT_S,
     JAX_HEARTBEAT_TIMEOUT_S,
@@ -120,7 +120,8 @@ def _connect(config: GroupConfig) -> FrameSocket:
             time.sleep(_RETRY_S)
     connection = FrameSocket(sock)
     try:
-        prove_to_leader(connection, config.token, config.process_id)
+        patience_s = max(HANDSHAKE_TIMEOUT_S, deadline_s - time.monotonic())
+        prove_to_leader(connection, config.token, config.process_id, patience_s)
     except (WrongToken, OSError) as error:
         connection.close()
         raise GroupError(

@@ -27,11 +27,20 @@ class WrongToken(FrameError):
     """The other side does not know the token, or is no process of a group."""
 
 
-def prove_to_leader(connection: FrameSocket, token: bytes, process_id: int) -> None:
-    """The follower's part. Raises WrongToken or OSError."""
-    connection.set_timeout(HANDSHAKE_TIMEOUT_S)
+def prove_to_leader(
+    connection: FrameSocket,
+    token: bytes,
+    process_id: int,
+    greeting_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+) -> None:
+    """The follower's part. Raises WrongToken or OSError.
+
+    A leader listens before it has imported JAX, so its greeting can be long in coming.
+    """
+    connection.set_timeout(greeting_timeout_s)
     if _receive(connection, len(MAGIC)) != MAGIC:
         raise WrongToken("what answers there is no leader of this version")
+    connection.set_timeout(HANDSHAKE_TIMEOUT_S)
     leader_nonce = _receive(connection, _NONCE_BYTES)
     nonce, number = secrets.token_bytes(_NONCE_BYTES), _ID.pack(process_id)
     proof = _mac(token, b"follower", leader_nonce, nonce, number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -27,6 +29,10 @@ from checkpoint.store.tree import DTYPES
 
 Array: TypeAlias = npt.NDArray[Any]
 
+PIECE_BYTES = 1 << 20
+"""Of the source, made into the target's at a time: it stays in the processor's cache, and the
+memory is used again."""
+
 
 def compute_window(window: Window, source: PartSource, buffer: Bytes) -> Array:
     """Fill `buffer`, of the window's size, with its bytes in the target.
@@ -41,7 +47,11 @@ def compute_window(window: Window, source: PartSource, buffer: Bytes) -> Array:
     """
     array, part = window.array, window.part
     if array.quantization is not None:
-        _encode_into(buffer, _transformed(window, source), array)
+        row_bytes = window.num_bytes // max(1, window.stop - window.start)
+        for piece in _pieces(window, source):
+            first, last = piece.start - window.start, piece.stop - window.start
+            encoded = buffer[first * row_bytes : last * row_bytes]
+            _encode_into(encoded, _transformed(piece, source), array)
         return buffer
     shape = (window.stop - window.start, *part.shape[1:]) if part.shape else ()
     out = buffer.view(DTYPES[array.dtype]).reshape(shape)
@@ -50,8 +60,24 @@ def compute_window(window: Window, source: PartSource, buffer: Bytes) -> Array:
     elif block_rows(part, source) is not None:
         _fill_columns(window, source, out)
     else:
-        _cast_into(out, _transformed(window, source), array.name)
+        for piece in _pieces(window, source):
+            made = out[piece.start - window.start : piece.stop - window.start] if shape else out
+            _cast_into(made, _transformed(piece, source), array.name)
     return out
+
+
+def _pieces(window: Window, source: PartSource) -> Iterator[Window]:
+    """The window, cut into some of about `PIECE_BYTES` if that can be."""
+    array, part = window.array, window.part
+    is_cut = part.can_be_cut and not part.swaps_axes and source.can_cut
+    if not is_cut or part.index:  # Of one layer among many, only all rows lie together.
+        yield window
+        return
+    bytes_a_row = prod(part.shape[1:]) * source.dtype(part.source).itemsize
+    wanted = PIECE_BYTES // max(1, bytes_a_row)
+    step = max(1, wanted // part.row_alignment) * part.row_alignment
+    for start in range(window.start, window.stop, step):
+        yield Window(array, window.part_index, start, min(start + step, window.stop))
 
 
 def _fill_columns(window: Window, source: PartSource, out: Array) -> None:
@@ -118,9 +144,9 @@ def _for_rows(transform: Transform, part: PlannedPart, rows: int) -> Transform:
 
 def _cast_into(out: Array, values: Array, name: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
-        copy_tiled(out, values)
+        fit = copy_tiled(out, values)
     dtype = out.dtype
-    if values.dtype == dtype:
+    if fit or values.dtype == dtype:
         return
     is_narrower = np.issubdtype(dtype, np.floating) or dtype.kind == "V"
     if (is_narrower and dtype.itemsize < values.dtype.itemsize) or dtype == np.float16:

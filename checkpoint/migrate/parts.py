@@ -58,6 +58,11 @@ class PartSource(Protocol):
         with some."""
         ...
 
+    @property
+    def can_cut(self) -> bool:
+        """Whether a few indices of the first axis after another are read as fast as many."""
+        ...
+
     def extra_bytes(self, name: str) -> int:
         """Memory that reading any part takes beside the part itself."""
         ...
@@ -94,6 +99,11 @@ class FileParts:
         """See PartSource."""
         location = self._location(name)
         return max(1, BLOCK_BYTES * prod(location.shape[: axis + 1]) // max(1, location.num_bytes))
+
+    @property
+    def can_cut(self) -> bool:
+        """See PartSource."""
+        return True
 
     def extra_bytes(self, name: str) -> int:
         """See PartSource."""
@@ -199,6 +209,11 @@ class StepParts:
     def rows_at_once(self, name: str, axis: int) -> int:
         """See PartSource."""
         return 1 if 0 in self.shape(name) else self._chunk_shape(name)[axis]
+
+    @property
+    def can_cut(self) -> bool:
+        """See PartSource: a chunk is read as a whole."""
+        return False
 
     def extra_bytes(self, name: str) -> int:
         """See PartSource: a chunk is read as a whole."""

@@ -17,19 +17,22 @@ PADDING = 16
 lines of the cache."""
 
 
-def copy_tiled(out: Array, values: Array) -> None:
+def copy_tiled(out: Array, values: Array) -> bool:
     """`out[...] = values`, cast to the dtype of `out`.
 
     NumPy's own copy of a transposed matrix takes several times as long: it walks along one side
     and misses the cache at each step on the other.
+
+    Returns:
+        As `cast_into`.
     """
     if values.ndim < 2 or abs(values.strides[-1]) <= abs(values.strides[-2]):
-        cast_into(out, values)
-        return
+        return cast_into(out, values)
+    fit = True
     if values.ndim > 2:
         for target, matrix in zip(out, values, strict=True):
-            copy_tiled(target, matrix)
-        return
+            fit &= copy_tiled(target, matrix)
+        return fit
     rows, columns = values.shape
     tile = np.empty((TILE, TILE + PADDING), values.dtype)
     for column in range(0, columns, TILE):
@@ -38,4 +41,5 @@ def copy_tiled(out: Array, values: Array) -> None:
             close = tile[: part.shape[1], : part.shape[0]]
             close[...] = part.T
             place = out[row : row + TILE, column : column + TILE]
-            cast_into(place, close.T)
+            fit &= cast_into(place, close.T)
+    return fit

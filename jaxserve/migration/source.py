@@ -131,6 +131,11 @@ class ConstantParts:
             return int(self._arrays[name].shape[axis])
         return self._rest.rows_at_once(name, axis)
 
+    @property
+    def can_cut(self) -> bool:
+        """See PartSource."""
+        return self._rest.can_cut
+
     def extra_bytes(self, name: str) -> int:
         """See PartSource."""
         return 0 if name in self._arrays else self._rest.extra_bytes(name)

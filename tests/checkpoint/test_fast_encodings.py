@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf.quants import quantize
@@ -24,20 +25,59 @@ def numbers_around_float16() -> np.ndarray:
     return np.concatenate([found, *neighbours])
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_float16_is_numpys(turned: bool) -> None:
-    values = np.resize(numbers_around_float16(), (8, 70_000))
-    if turned:
-        values = values.T
-    out = np.empty(values.shape, np.float16)
+def check_cast(values: np.ndarray) -> None:
+    """Bits as NumPy's, and the answer true only where all are finite."""
     with np.errstate(over="ignore"):
         wanted = values.astype(np.float16)
-    cast_into(out, values)
-    np.testing.assert_array_equal(out.view(np.uint16), wanted.view(np.uint16))
-    # Blocks without NaN and infinity go another way than those with them.
-    finite = np.where(np.isfinite(wanted), values, 0).astype(np.float32)
-    cast_into(out, finite)
-    np.testing.assert_array_equal(out.view(np.uint16), finite.astype(np.float16).view(np.uint16))
+    for turned, target in ((values, wanted), (values.T, wanted.T)):
+        for out in (np.empty(target.shape, np.float16), np.empty(target.T.shape, np.float16).T):
+            assert cast_into(out, turned) == np.isfinite(wanted).all()
+            np.testing.assert_array_equal(out.view(np.uint16), target.view(np.uint16))
+
+
+def few_among_weights(values: np.ndarray) -> np.ndarray:
+    """Them, one in twelve, among numbers that are normal in float16."""
+    random = np.random.default_rng(0)
+    weights = random.uniform(2.0**-14, 1, 12 * len(values)).astype(values.dtype)
+    weights *= random.choice([-1, 1], len(weights)).astype(values.dtype)
+    weights[::12] = values
+    return weights
+
+
+def test_float16_is_numpys() -> None:
+    values = numbers_around_float16()
+    with np.errstate(over="ignore"):
+        finite = values[np.isfinite(values.astype(np.float16))]
+    is_normal = np.abs(finite) >= 2.0**-14
+    normal, few = finite[is_normal], few_among_weights(finite[~is_normal])
+    for numbers in (values, finite, normal, few):  # Each goes another way.
+        check_cast(np.resize(numbers, (8, len(numbers) // 8 + 1)))
+    check_cast(np.resize(few, (3, 7, 40_000)))
+    check_cast(np.resize(few, (8, 90_000))[:, ::3])
+
+
+def test_float16_of_any_bits_is_numpys() -> None:
+    bits = np.random.default_rng(1).integers(1 << 32, size=1 << 18, dtype=np.uint32)
+    values = bits.view(np.float32)
+    values = values[~np.isnan(values)]
+    check_cast(values[None])
+    check_cast(few_among_weights(values[np.abs(values) < 65520])[None])
+
+
+@pytest.mark.parametrize("is_finite", [False, True])
+def test_float16_of_every_bfloat16_is_numpys(is_finite: bool) -> None:
+    values = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    if is_finite:
+        check_cast(few_among_weights(values[np.abs(values.astype(np.float32)) < 65520])[None])
+    else:
+        check_cast(values[None])
+
+
+def test_no_numbers_are_cast() -> None:
+    assert cast_into(np.empty((0, 3), np.float16), np.empty((0, 3), np.float32))
+    one = np.empty((), np.float16)
+    cast_into(one, np.float32(1.5).reshape(()))
+    assert one == 1.5
 
 
 def encoded(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:

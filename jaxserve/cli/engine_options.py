@@ -26,6 +26,7 @@ from jaxserve.engine.config import (
     KV_CACHE_DTYPES,
     POLICIES,
     QUANTIZATIONS,
+    SPECULATIVE_METHODS,
     STEP_BUDGETS,
     WEIGHT_FORMATS,
     EngineConfig,
@@ -96,6 +97,7 @@ _STEP = "Step and batch"
 _MEMORY = "KV cache"
 _QUEUE = "Queue"
 _LORA = "Adapters"
+_SPECULATION = "Speculative decoding"
 _COMPILE = "Compilation"
 
 ENGINE_OPTIONS: dict[str, Any] = {
@@ -288,6 +290,39 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_queued_tokens": Annotated[
         int,
         typer.Option(help="Most prompt tokens that may wait.", rich_help_panel=_QUEUE),
+    ],
+    "speculative_method": Annotated[
+        str,
+        typer.Option(
+            help="ngram guesses next tokens from the request's own text and checks several in one "
+            "step: the same outputs, faster where text repeats (docs/speculative_decoding.md).",
+            autocompletion=_complete_from(SPECULATIVE_METHODS),
+            rich_help_panel=_SPECULATION,
+        ),
+    ],
+    "num_speculative_tokens": Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens that are guessed at once.",
+            show_default="4",
+            rich_help_panel=_SPECULATION,
+        ),
+    ],
+    "prompt_lookup_max": Annotated[
+        int | None,
+        typer.Option(
+            help="Most last tokens that are looked up in the text.",
+            show_default="4",
+            rich_help_panel=_SPECULATION,
+        ),
+    ],
+    "prompt_lookup_min": Annotated[
+        int | None,
+        typer.Option(
+            help="Least last tokens that must stand in the text before.",
+            show_default="2",
+            rich_help_panel=_SPECULATION,
+        ),
     ],
     "lora": Annotated[
         list[str] | None,

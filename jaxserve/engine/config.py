@@ -25,6 +25,7 @@ KV_CACHE_DTYPES = ("auto", "int8", "fp8_e4m3")
 KERNELS = ("auto", "native", "xla")
 WEIGHT_FORMATS = ("float", "native")
 STEP_BUDGETS = ("tokens", "time", "slack")
+SPECULATIVE_METHODS = ("none", "ngram")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,14 @@ class EngineConfig:
     prefix_caching: bool = True
     attention: str = "auto"
     """Implementation of ragged_paged_attention; auto picks by platform."""
+    speculative_method: str = "none"
+    """ngram: drafts follow from a request's own prompt and output."""
+    num_speculative_tokens: int | None = None
+    """Most tokens of a draft. auto: 4."""
+    prompt_lookup_max: int | None = None
+    """Most last tokens that are looked up. auto: 4."""
+    prompt_lookup_min: int | None = None
+    """Least last tokens that must stand somewhere before. auto: 2."""
     lora: tuple[tuple[str, Path], ...] = ()
     """Name and folder of the adapters to begin with."""
     max_loras: int | None = None
@@ -115,6 +124,7 @@ class EngineConfig:
         if isinstance(self.buckets, tuple) and not 1 <= len(self.buckets) <= 4:
             raise ConfigError("--buckets takes one to four row counts: each is a compiled program")
         self._check_objectives()
+        self._check_speculation()
         for name in (
             "token_budget",
             "max_num_seqs",
@@ -141,6 +151,18 @@ class EngineConfig:
                 f"--weights-format must be one of {', '.join(WEIGHT_FORMATS)}, not "
                 f"{self.weights_format!r}"
             )
+
+    def _check_speculation(self) -> None:
+        if self.speculative_method not in SPECULATIVE_METHODS:
+            raise ConfigError(
+                f"--speculative-method must be one of {', '.join(SPECULATIVE_METHODS)}, not "
+                f"{self.speculative_method!r}"
+            )
+        if self.speculative_method == "none":
+            for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+                if getattr(self, name) is not None:
+                    flag = name.replace("_", "-")
+                    raise ConfigError(f"--{flag} has no effect without --speculative-method ngram")
 
     def _check_objectives(self) -> None:
         if self.step_budget not in STEP_BUDGETS:

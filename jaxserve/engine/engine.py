@@ -140,6 +140,9 @@ class Engine(EngineCore):
             num_pages_cached=pages.num_cached,
             num_pages_total=pages.num_total,
             num_preemptions=scheduler.num_preemptions,
+            num_drafts=scheduler.num_drafts,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
         )

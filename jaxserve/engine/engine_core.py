@@ -70,6 +70,12 @@ class EngineSnapshot:
     """Kept for the prefix cache alone: a new request can get these too."""
     num_pages_total: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    """Of speculative decoding: drafts that were checked, ..."""
+    num_draft_tokens: int = 0
+    """...their tokens, and of these..."""
+    num_accepted_tokens: int = 0
+    """...those that came out."""
     prefix_cache_queries: int = 0
     """Prompt tokens looked up in the prefix cache, and of these..."""
     prefix_cache_hits: int = 0

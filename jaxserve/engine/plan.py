@@ -22,6 +22,9 @@ from jaxserve.engine.sampling_params import SamplingParams
 NO_TOKEN = -1
 """In results: the model gave no finite logits, so there is no token."""
 
+TAKE_FROM_SLOT = -1
+"""Of a row: use the slot's last sampled token."""
+
 
 class Chunk(NamedTuple):
     """Consecutive positions of one sequence, computed in one step.
@@ -50,6 +53,9 @@ class Chunk(NamedTuple):
     """Prompt logprobs: row i is scored against target i (the next prompt
     token). Shorter than the chunk by one when its last row samples. A chunk
     scores from its first row on or not at all."""
+    num_drafts: int = 0
+    """Of the last tokens, those that are guesses: each of them and the row before them samples.
+    The first token is then the request's last one, `TAKE_FROM_SLOT`, or a guess as well."""
 
     @property
     def is_decode(self) -> bool:
@@ -57,7 +63,7 @@ class Chunk(NamedTuple):
 
     @property
     def num_sample_rows(self) -> int:
-        return len(self.logprob_targets) + int(self.samples)
+        return len(self.logprob_targets) + int(self.samples) + self.num_drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +192,8 @@ class StepPlan:
             for offset, target in enumerate(chunk.logprob_targets):
                 yield SampleRow(chunk.slot, row + offset, chunk.start + offset, target)
             if chunk.samples:
-                last = chunk.num_tokens - 1
-                yield SampleRow(chunk.slot, row + last, chunk.start + last, -1)
+                for last in range(chunk.num_tokens - 1 - chunk.num_drafts, chunk.num_tokens):
+                    yield SampleRow(chunk.slot, row + last, chunk.start + last, -1)
             row += chunk.num_tokens
 
 

@@ -16,6 +16,7 @@ from jaxserve.errors import JaxserveError
 
 if TYPE_CHECKING:
     from jaxserve.engine.grammar.compiler import Grammar
+    from jaxserve.engine.scheduler.speculation import Speculation
 
 
 class FinishReason(StrEnum):
@@ -151,6 +152,8 @@ class Request:
     """What the client may know of its end as ERROR; None: that the engine failed on it."""
     masks: TokenMasks | None = None
     """Of a constrained request, which samples only when the mask of its next token is there."""
+    speculation: Speculation | None = None
+    """Of a request whose next tokens are guessed; the scheduler's."""
     request_id: str = field(init=False)
     """That of `generation`; a field, since every step asks each sequence for it."""
 

@@ -15,7 +15,7 @@ from jaxserve.engine.lora_settings import LoraSettings, resolve_loras
 from jaxserve.engine.memory_plan import bytes_per_device, choose_num_pages
 from jaxserve.engine.native_settings import FileKinds, NativeSettings, resolve_native
 from jaxserve.engine.request import ServiceObjective
-from jaxserve.engine.scheduler.config import SchedulerConfig
+from jaxserve.engine.scheduler.config import SchedulerConfig, SpeculationConfig
 from jaxserve.engine.scheduler.deadlines import DEFAULT_OBJECTIVE
 from jaxserve.engine.scheduler.policies import make_policy
 from jaxserve.engine.step_inputs import StepLayout
@@ -224,6 +224,9 @@ def resolve_settings(
         max_queued_tokens=config.max_queued_tokens,
         prefix_caching=config.prefix_caching,
         policy=config.policy,
+        speculation=_speculation(
+            config, may_grow_step=native is not None or device.platform != "cpu"
+        ),
         **_pipelining(config.mesh.stage, max_num_seqs),
     )
     scheduler = _with_policy_rows(scheduler, config)
@@ -250,6 +253,31 @@ def resolve_settings(
         compiler_options=defaults.compiler_options,
         cache_dir=config.compilation_cache_dir or default_root() / "xla",
     )
+
+
+def _speculation(config: EngineConfig, *, may_grow_step: bool) -> SpeculationConfig | None:
+    """Raises ConfigError for what is out of bounds or does not go with it."""
+    if config.speculative_method == "none":
+        return None
+    if config.step_budget != "tokens":
+        raise ConfigError(
+            f"--speculative-method does not work with --step-budget {config.step_budget}, which "
+            "does not know what drafts take: leave one of the two out"
+        )
+    auto = SpeculationConfig()
+    lookup_max, lookup_min = config.prompt_lookup_max, config.prompt_lookup_min
+    if lookup_max is None:
+        lookup_max = max(auto.lookup_max, lookup_min or 0)
+    return SpeculationConfig(
+        num_tokens=_or_auto(config.num_speculative_tokens, auto.num_tokens),
+        lookup_max=lookup_max,
+        lookup_min=_or_auto(lookup_min, min(auto.lookup_min, lookup_max)),
+        may_grow_step=may_grow_step,
+    )
+
+
+def _or_auto(asked: int | None, auto: int) -> int:
+    return auto if asked is None else asked
 
 
 def _kv_quantization(config: EngineConfig, attention: AttentionImplementation) -> str | None:

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxserve.engine.plan import NO_TOKEN, StepResults
+from jaxserve.engine.plan import NO_TOKEN, TAKE_FROM_SLOT, StepResults
 from jaxserve.engine.sampler import SampleOutput, row_peaks, sample
 from jaxserve.engine.slots import SlotState
-from jaxserve.engine.step_inputs import PADDING_TARGET, TAKE_FROM_SLOT, StepLayout
+from jaxserve.engine.step_inputs import PADDING_TARGET, StepLayout
 from models.config import ModelConfig
 from models.decoder import Attend
 from models.native_layout import PACKED_HEAD

@@ -15,12 +15,9 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxserve.engine.plan import StepPlan
+from jaxserve.engine.plan import TAKE_FROM_SLOT, StepPlan
 from jaxserve.engine.sampling_params import MAX_TOP_LOGPROBS
 from models.ops.attention.work import AttentionTiling, AttentionWork
-
-TAKE_FROM_SLOT = -1
-"""Row token: use the slot's last sampled token."""
 
 PADDING_TARGET = -2
 """Sample target of a padding row."""

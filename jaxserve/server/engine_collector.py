@@ -146,6 +146,11 @@ def _cache_metrics(load: EngineSnapshot, card: ModelCard) -> Iterator[Metric]:
         "kv_cache_pages_cached", "Pages that only the prefix cache holds", load.num_pages_cached
     )
     yield _counter("num_preemptions", "Requests that lost their pages", load.num_preemptions)
+    yield _counter("spec_decode_num_drafts", "Drafts that were checked", load.num_drafts)
+    yield _counter("spec_decode_num_draft_tokens", "Tokens of these drafts", load.num_draft_tokens)
+    yield _counter(
+        "spec_decode_num_accepted_tokens", "Drafted tokens that came out", load.num_accepted_tokens
+    )
     yield _counter(
         "prefix_cache_queries",
         "Prompt tokens looked up in the prefix cache",

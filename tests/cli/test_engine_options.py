@@ -59,6 +59,8 @@ def test_every_option_reaches_its_field() -> None:
         "--mesh tensor=2,data=2 --virtual-devices 4 "
         "--weights-format native --kernels native "
         "--lora a=adapters/a --lora b-2=b --max-loras 3 --max-lora-rank 8 "
+        "--speculative-method ngram --num-speculative-tokens 3 "
+        "--prompt-lookup-max 5 --prompt-lookup-min 3 "
         "--attention reference --compilation-cache-dir cache --port 7"
     )
     expected = EngineConfig(
@@ -88,6 +90,10 @@ def test_every_option_reaches_its_field() -> None:
         lora=(("a", Path("adapters/a")), ("b-2", Path("b"))),
         max_loras=3,
         max_lora_rank=8,
+        speculative_method="ngram",
+        num_speculative_tokens=3,
+        prompt_lookup_max=5,
+        prompt_lookup_min=3,
         compilation_cache_dir=Path("cache"),
     )
     config, port = parse(*arguments.split())

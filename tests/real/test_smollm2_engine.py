@@ -109,6 +109,16 @@ def test_sixteen_concurrent_requests_give_transformers_tokens(smollm2_path: Path
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
+def test_drafts_give_transformers_tokens(smollm2_path: Path) -> None:
+    with running(smollm2_path, speculative_method="ngram") as engine:
+        all_prompts_at_once(engine)
+        snapshot = engine.engine.snapshot()
+    assert snapshot.compiles_after_ready == 0
+    assert snapshot.num_accepted_tokens > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("token_budget", "num_pages"), [(16, 200), (33, 80)])
 def test_chunks_and_preemptions_give_transformers_tokens(
     smollm2_path: Path, token_budget: int, num_pages: int

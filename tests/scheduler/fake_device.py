@@ -56,7 +56,7 @@ def logprob_of(context: int, token_id: int) -> float:
 def reference_output(request: Request) -> tuple[list[int], bool]:
     """What `request` alone would give, and whether a stop id ended it."""
     prompt = request.generation.prompt_token_ids
-    load = _load_of(request)
+    load = load_of(request)
     context, output = context_of(prompt), []
     while len(output) < request.max_tokens:
         position = len(prompt) + len(output) - 1
@@ -77,7 +77,7 @@ def reference_prompt_logprobs(prompt: tuple[int, ...]) -> list[tuple[int, float]
     return entries
 
 
-def _load_of(request: Request) -> SlotLoad:
+def load_of(request: Request) -> SlotLoad:
     return SlotLoad(
         slot=0,
         request_id=request.request_id,

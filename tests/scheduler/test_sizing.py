@@ -119,9 +119,18 @@ def test_given_buckets_that_hold_no_whole_prompt_are_refused(
         ({"slo_ttft_ms": 50.0}, "--policy slack"),
         ({"slo_tbt_ms": 50.0, "policy": "orca"}, "no effect on --policy orca"),
         ({"slo_tbt_ms": 50.0, "policy": "vllm_v1"}, "no effect on --policy vllm_v1"),
+        ({"speculative_method": "eagle"}, "must be one of none, ngram"),
+        ({"num_speculative_tokens": 3}, "no effect without --speculative-method ngram"),
+        ({"speculative_method": "ngram", "num_speculative_tokens": 0}, "in 1 to 16, not 0"),
+        ({"speculative_method": "ngram", "prompt_lookup_min": 17}, "--prompt-lookup-min 17"),
+        ({"speculative_method": "ngram", "policy": "orca"}, "no effect on --policy orca"),
+        (
+            {"speculative_method": "ngram", "slo_tbt_ms": 50.0, "step_budget": "time"},
+            "does not work with --step-budget time",
+        ),
     ],
 )
-def test_objectives_that_cannot_be_followed_are_refused(
+def test_options_that_cannot_be_followed_are_refused(
     resolve: Callable[..., EngineSettings], flags: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

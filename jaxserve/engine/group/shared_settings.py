@@ -23,6 +23,10 @@ _AS_GIVEN = (
     "page_size",
     "watermark",
     "prefix_caching",
+    "speculative_method",
+    "num_speculative_tokens",
+    "prompt_lookup_max",
+    "prompt_lookup_min",
 )
 
 

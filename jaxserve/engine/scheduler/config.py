@@ -7,6 +7,33 @@ from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
 
+MAX_DRAFTED_SEQS = 8
+"""Sequences of a step whose drafts have rows through the LM head beside those of all decodes. In
+a larger batch a row costs as much as what it can save."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Drafts that follow from a request's own text."""
+
+    num_tokens: int = 4
+    """Most tokens of a draft."""
+    lookup_max: int = 4
+    """Longest match of the last tokens that counts; the longest one is taken."""
+    lookup_min: int = 2
+    """Shortest match that gives a draft."""
+    may_grow_step: bool = True
+    """Drafts may take a step into a larger bucket. False where all rows of a bucket cost alike."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_tokens <= 16:
+            raise ConfigError(f"--num-speculative-tokens must be in 1 to 16, not {self.num_tokens}")
+        if not 1 <= self.lookup_min <= self.lookup_max <= 16:
+            raise ConfigError(
+                f"--prompt-lookup-min {self.lookup_min} and --prompt-lookup-max "
+                f"{self.lookup_max} must be in 1 to 16, the first not above the second"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -41,6 +68,8 @@ class SchedulerConfig:
     running ones. None: all of them."""
     prefix_caching: bool = True
     policy: str = "sarathi"
+    speculation: SpeculationConfig | None = None
+    """None: every decode is one row."""
 
     @property
     def num_watermark_pages(self) -> int:
@@ -50,9 +79,17 @@ class SchedulerConfig:
     def max_pages_per_seq(self) -> int:
         return math.ceil(self.max_model_len / self.page_size)
 
+    @property
+    def num_sample_rows(self) -> int:
+        """Most LM-head rows of any step."""
+        if self.speculation is None:
+            return self.max_num_seqs
+        num_drafted = min(self.max_num_seqs, MAX_DRAFTED_SEQS)
+        return self.max_num_seqs + num_drafted * self.speculation.num_tokens
+
     def max_sample_rows(self, num_rows_bucket: int) -> int:
         """LM-head rows of the executable with that many rows."""
-        return min(self.max_num_seqs, num_rows_bucket)
+        return min(self.num_sample_rows, num_rows_bucket)
 
     def __post_init__(self) -> None:
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
@@ -75,6 +112,11 @@ class SchedulerConfig:
             raise ConfigError(f"--watermark must be in [0, 0.5), not {self.watermark}")
         if self.max_in_flight < 1:
             raise ConfigError("max_in_flight must be at least 1")
+        if self.speculation is not None and self.policy != "sarathi":
+            raise ConfigError(
+                f"--speculative-method has no effect on --policy {self.policy}: leave one of the "
+                "two out, or choose --policy sarathi"
+            )
         if self.max_seqs_per_step is not None:
             self._check_micro_batches(self.max_seqs_per_step)
         needed = self.max_pages_per_seq + self.num_watermark_pages

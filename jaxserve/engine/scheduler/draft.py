@@ -32,7 +32,7 @@ from jaxserve.engine.scheduler.budget import (
     StepContext,
     smallest_bucket,
 )
-from jaxserve.engine.scheduler.room import StepRoom
+from jaxserve.engine.scheduler.room import DraftRoom, StepRoom
 from jaxserve.engine.scheduler.rules import PolicyRules
 from jaxserve.engine.scheduler.state import SchedulerState
 
@@ -98,7 +98,7 @@ class StepDraft:
     @property
     def num_sample_rows(self) -> int:
         """LM-head rows planned so far."""
-        return self._config.max_num_seqs - self._room.num_sample_rows
+        return self._config.num_sample_rows - self._room.num_sample_rows
 
     @property
     def num_rows_left(self) -> int:
@@ -125,6 +125,8 @@ class StepDraft:
         has_pages = len(ready) <= self._state.pages.num_available
         if not has_pages and not self._free_pages_for(ready):
             return False
+        if self._state.num_speculating:
+            ready = self._add_drafted(ready)
         self._add_ready(ready)
         self._room.take_decodes(len(ready))
         return True
@@ -251,6 +253,8 @@ class StepDraft:
             ready = [request for request in ready if not request.num_in_flight_steps]
         if self._state.num_masked:
             ready = [request for request in ready if request.has_mask]
+        if self._state.num_speculating:
+            ready = [r for r in ready if r.speculation is None or not r.speculation.sits_out]
         most = self._room.num_seqs
         return ready[:most] if len(ready) > most else ready
 
@@ -320,6 +324,52 @@ class StepDraft:
             request.num_in_flight_steps += 1
         self._decode_requests.extend(requests)
 
+    def _add_drafted(self, ready: Sequence[Request]) -> list[Request]:
+        """Those of `ready` whose next tokens are guessed, as chunks; returns the plain decodes.
+
+        There is a row and a page for each of `ready`; drafts take what is left of both.
+        """
+        plain, state = [], self._state
+        room = DraftRoom(
+            self._config,
+            self._room,
+            state.pages.num_available,
+            len(ready),
+            shares_step=bool(state.waiting) or bool(self.partial_prefills()),
+        )
+        for request in ready:
+            token_ids: tuple[int, ...] | None = ()
+            if request.speculation is not None:
+                token_ids = request.speculation.next_rows(request, room.max_drafts(request))
+            if token_ids:
+                self._add_check(request, token_ids, room)
+            elif token_ids is not None:
+                plain.append(request)
+        return plain
+
+    def _add_check(self, request: Request, token_ids: tuple[int, ...], room: DraftRoom) -> None:
+        assert request.slot is not None
+        start, num_tokens = request.num_computed_tokens, len(token_ids)
+        room.take(request, num_tokens - 1)
+        num_new_pages = self._state.num_pages_for(start + num_tokens) - len(request.page_ids)
+        new_pages = self._state.pages.allocate(num_new_pages) if num_new_pages > 0 else []
+        request.page_ids += new_pages
+        chunk = Chunk(
+            request_id=request.request_id,
+            slot=request.slot,
+            start=start,
+            num_tokens=num_tokens,
+            token_ids=token_ids,
+            samples=True,
+            new_pages=tuple(new_pages),
+            num_drafts=num_tokens - 1,
+        )
+        self._prefills.append(chunk)
+        self._prefill_requests.append(request)
+        self._room.take_chunk(chunk)
+        request.num_computed_tokens = start + num_tokens
+        request.num_in_flight_steps += 1
+
     def _make_prefill_limit(self) -> PrefillLimit:
         return self._budget.prefill_limit(
             StepContext(
@@ -378,6 +428,9 @@ class StepDraft:
         if request.masks is not None:
             request.masks.loaded = None
             state.num_masked += 1
+        if request.speculation is not None:
+            request.speculation.begin_life()
+            state.num_speculating += 1
         if request.first_scheduled_s is None:
             request.first_scheduled_s = self.now_s
             request.num_cached_tokens = len(cached_pages) * self._config.page_size

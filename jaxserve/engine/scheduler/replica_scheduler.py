@@ -84,6 +84,18 @@ class ReplicaScheduler:
         return sum(scheduler.num_preemptions for scheduler in self._schedulers)
 
     @property
+    def num_drafts(self) -> int:
+        return sum(scheduler.num_drafts for scheduler in self._schedulers)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(scheduler.num_draft_tokens for scheduler in self._schedulers)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(scheduler.num_accepted_tokens for scheduler in self._schedulers)
+
+    @property
     def prefix_cache_queries(self) -> int:
         return sum(scheduler.prefix_cache_queries for scheduler in self._schedulers)
 

@@ -29,11 +29,13 @@ from jaxserve.engine.scheduler.budget import StepBudget, TokenBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.draft import StepDraft
 from jaxserve.engine.scheduler.policies import Policy, make_policy
+from jaxserve.engine.scheduler.speculation import Speculation, can_speculate
 from jaxserve.engine.scheduler.state import SchedulerState
 from jaxserve.engine.scheduler.updates import (
     ResultReader,
     StepUpdates,
     finish_reason_after,
+    joined_updates,
     num_plain_outputs,
     read_prompt_logprobs,
 )
@@ -119,6 +121,21 @@ class Scheduler:
         return self._state.num_preemptions
 
     @property
+    def num_drafts(self) -> int:
+        """Drafts that were checked."""
+        return self._state.num_drafts
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Of the drafts that were checked."""
+        return self._state.num_draft_tokens
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Those of `num_draft_tokens` that came out."""
+        return self._state.num_accepted_tokens
+
+    @property
     def prefix_cache_queries(self) -> int:
         """Tokens looked up in the prefix cache at first admissions."""
         return self._state.prefix_cache_queries
@@ -145,6 +162,8 @@ class Scheduler:
                 f"fit --max-model-len {longest}; both must be at least 1",
             )
         state.waiting.append(request)
+        if self.config.speculation is not None and can_speculate(request):
+            request.speculation = Speculation(self.config.speculation, request)
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, to be submitted before `plan` is called again.
@@ -195,7 +214,8 @@ class Scheduler:
         prefilled, row = [], len(decoding)
         for request, chunk in zip(prefilling, plan.prefills, strict=True):
             if self._takes_result(request):
-                update = self._commit_chunk(request, chunk, reader, row, now_s)
+                commit = self._commit_check if chunk.num_drafts else self._commit_chunk
+                update = commit(request, chunk, reader, row, now_s)
                 if update is not None:
                     prefilled.append(update)
             row += chunk.num_sample_rows
@@ -292,6 +312,28 @@ class Scheduler:
             row += len(targets)
             return self._commit_token(request, end, reader, row, now_s, prompt_logprobs)
         return TokenUpdate(request, (), (), prompt_logprobs, None) if targets else None
+
+    def _commit_check(
+        self, request: Request, chunk: Chunk, reader: ResultReader, row: int, now_s: float
+    ) -> TokenUpdate | None:
+        """What a chunk with drafts gave: the token of each row whose own token came out."""
+        speculation, state = request.speculation, self._state
+        assert speculation is not None
+        if speculation.is_dropped():
+            return None
+        updates: list[TokenUpdate] = []
+        drafts = (*chunk.token_ids[1:], None)
+        for end, draft in enumerate(drafts, start=chunk.start + 1):
+            updates.append(self._commit_token(request, end, reader, row + len(updates), now_s))
+            if updates[-1].finish_reason is not None or updates[-1].token_ids != (draft,):
+                break
+        num_right = len(updates) - 1
+        state.num_drafts += 1
+        state.num_draft_tokens += chunk.num_drafts
+        state.num_accepted_tokens += num_right
+        if request.finish_reason is None:
+            speculation.settle(request, chunk, num_right)
+        return joined_updates(updates)
 
     def _commit_token(
         self,

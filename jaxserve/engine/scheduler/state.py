@@ -30,7 +30,15 @@ class SchedulerState:
     """Finished, but steps in flight still use their slot and pages."""
     num_masked: int = 0
     """Running requests that have `masks`: where there are none, no step asks each for them."""
+    num_speculating: int = 0
+    """Running requests that have `speculation`."""
     num_preemptions: int = 0
+    num_drafts: int = 0
+    """Checks of a draft whose results were taken in."""
+    num_draft_tokens: int = 0
+    """Of these drafts."""
+    num_accepted_tokens: int = 0
+    """Those of `num_draft_tokens` that came out."""
     prefix_cache_queries: int = 0
     """Tokens of first admissions that were looked up in the prefix cache."""
     prefix_cache_hits: int = 0
@@ -96,6 +104,7 @@ class SchedulerState:
     def _leave_running(self, request: Request) -> None:
         del self.running[request.request_id]
         self.num_masked -= request.masks is not None
+        self.num_speculating -= request.speculation is not None
 
     def release(self, request: Request) -> None:
         """Gives slot and pages back. No step in flight may use them."""

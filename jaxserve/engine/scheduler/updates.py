@@ -72,6 +72,14 @@ def read_prompt_logprobs(
     return tuple(reader.logprobs(row + i, num_top) for i in range(len(chunk.logprob_targets)))
 
 
+def joined_updates(updates: Sequence[TokenUpdate]) -> TokenUpdate:
+    """One update of a request, with the tokens of these in turn; there is at least one."""
+    return updates[-1]._replace(
+        token_ids=tuple(token_id for update in updates for token_id in update.token_ids),
+        logprobs=tuple(entry for update in updates for entry in update.logprobs),
+    )
+
+
 def finish_reason_after(request: Request, token_id: int) -> FinishReason | None:
     """Whether `token_id`, which `request` has just got, ends it, and why.
 

@@ -32,7 +32,8 @@ from jaxserve.engine.scheduler.budget import (
     StepContext,
     smallest_bucket,
 )
-from jaxserve.engine.scheduler.room import DraftRoom, StepRoom
+from jaxserve.engine.scheduler.drafted_chunks import DraftRoom, drafted_chunk
+from jaxserve.engine.scheduler.room import StepRoom
 from jaxserve.engine.scheduler.rules import PolicyRules
 from jaxserve.engine.scheduler.state import SchedulerState
 
@@ -342,33 +343,14 @@ class StepDraft:
             if request.speculation is not None:
                 token_ids = request.speculation.next_rows(request, room.max_drafts(request))
             if token_ids:
-                self._add_check(request, token_ids, room)
+                room.take(request, len(token_ids) - 1)
+                chunk = drafted_chunk(state, request, token_ids)
+                self._prefills.append(chunk)
+                self._prefill_requests.append(request)
+                self._room.take_chunk(chunk)
             elif token_ids is not None:
                 plain.append(request)
         return plain
-
-    def _add_check(self, request: Request, token_ids: tuple[int, ...], room: DraftRoom) -> None:
-        assert request.slot is not None
-        start, num_tokens = request.num_computed_tokens, len(token_ids)
-        room.take(request, num_tokens - 1)
-        num_new_pages = self._state.num_pages_for(start + num_tokens) - len(request.page_ids)
-        new_pages = self._state.pages.allocate(num_new_pages) if num_new_pages > 0 else []
-        request.page_ids += new_pages
-        chunk = Chunk(
-            request_id=request.request_id,
-            slot=request.slot,
-            start=start,
-            num_tokens=num_tokens,
-            token_ids=token_ids,
-            samples=True,
-            new_pages=tuple(new_pages),
-            num_drafts=num_tokens - 1,
-        )
-        self._prefills.append(chunk)
-        self._prefill_requests.append(request)
-        self._room.take_chunk(chunk)
-        request.num_computed_tokens = start + num_tokens
-        request.num_in_flight_steps += 1
 
     def _make_prefill_limit(self) -> PrefillLimit:
         return self._budget.prefill_limit(

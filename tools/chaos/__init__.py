@@ -1,0 +1,1 @@
+"""What `tools/soak.py` does to a server, and how it judges what that did to it."""

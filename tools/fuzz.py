@@ -168,10 +168,11 @@ def fuzz(target: str, corpus: Path, seconds: int) -> None:
     except ImportError:
         sys.exit("atheris is not installed: pip install atheris==3.0.0")
     corpus.mkdir(parents=True, exist_ok=True)
-    for index, seed in enumerate(seeds(target)):
-        (corpus / f"seed-{index}").write_bytes(seed)
     with atheris.instrument_imports(include=["checkpoint", "jaxserve", "google.protobuf"]):
         one = TARGETS[target]()
+        # Afterwards: what is imported for the seeds before would not be instrumented.
+        for index, seed in enumerate(seeds(target)):
+            (corpus / f"seed-{index}").write_bytes(seed)
     options = [
         f"-max_total_time={seconds}",
         f"-timeout={SLOW_S}",

@@ -30,9 +30,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.chaos.soak import Findings, Schedule, log_tail, soak, worst
+from tools.chaos.soak import Findings, Schedule, soak, worst
 from tools.chaos.soaked_server import SoakedServer
 from tools.chaos.tiny_model import write_model
+from tools.chaos.verdicts import judge_log
 
 
 def main() -> int:
@@ -43,6 +44,7 @@ def main() -> int:
     length.add_argument("--hours", type=float)
     parser.add_argument("--seed", type=int, default=0, help="of what the clients do")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's log there")
     arguments = parser.parse_args()
     total_s = arguments.seconds if arguments.hours is None else 3600 * arguments.hours
     schedule = Schedule.of(total_s)
@@ -51,7 +53,8 @@ def main() -> int:
     # The clients get a core of their own, if there is one.
     clients, servers = ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores),) * 2
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "server.log"
+        log = arguments.log or Path(folder) / "server.log"
+        log.write_bytes(b"")
         server = SoakedServer(write_model(Path(folder) / "model"), log, servers)
         os.sched_setaffinity(0, clients)
         try:
@@ -59,8 +62,7 @@ def main() -> int:
             findings = _run(server, schedule, arguments.seed)
         finally:
             server.close()
-        if any("Traceback" in line for line in log.read_text().splitlines()):
-            sys.stderr.write(f"the server's log has a traceback:\n{log_tail(log)}\n")
+        findings.verdicts.append(judge_log(log.read_text(errors="replace")))
     _print(findings)
     exit_code = worst(findings.verdicts)
     if arguments.json is not None:
@@ -96,9 +98,11 @@ def _print(findings: Findings) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     for phase, figures in findings.clients.items():
+        paused_s = figures["paused_s"]
         console.print(
             f"clients in {phase}: {figures['cpu_share']:.0%} of a core, "
             f"{figures['late_fraction']:.2%} late"
+            + (f", the machine stood still for {paused_s:.0f} s" if paused_s else "")
         )
 
 

@@ -9,6 +9,7 @@ with one `@app.command()` it is a plain command, with several a group.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,6 +134,9 @@ def user_message(error: Exception) -> str:
 
 def main() -> None:
     """Runs the command line. A user's mistake is one red line and exit code 2."""
+    # gRPC's core reads it when it is imported. What it logs below errors holds bytes that peers
+    # send, line ends too, so that anybody could forge lines of a server's log.
+    os.environ["GRPC_VERBOSITY"] = "ERROR"
     command = typer.main.get_command(app)
     try:
         command(prog_name="jaxserve")

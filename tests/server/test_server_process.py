@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -74,6 +76,7 @@ def test_serve_stream_chat_and_drain(setup):
             _check_streaming(client)
             _check_chat_command(grpc_address)
             _check_http_chat(http_address)
+            _send_goaway(grpc_address, b"x\nERROR forged: a line of a peer's")
             with urllib.request.urlopen(f"http://{http_address}/metrics", timeout=5) as reply:
                 assert "jaxserve_unexpected_compiles_total 0.0" in reply.read().decode()
             _check_drain(client, process)
@@ -82,6 +85,7 @@ def test_serve_stream_chat_and_drain(setup):
     assert "token budget" in output
     assert "KV pool" in output
     assert "Traceback" not in output
+    assert "forged" not in output
 
 
 def _check_streaming(client: Client) -> None:
@@ -122,6 +126,19 @@ def _check_http_chat(http_address: str) -> None:
         chunks = list(client.chat.completions.create(**chat, max_tokens=8, stream=True))
     assert whole == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason is not None
+
+
+def _send_goaway(grpc_address: str, debug_data: bytes) -> None:
+    """An HTTP/2 connection that ends with a text, which gRPC's core would log as it is."""
+    host, _, port = grpc_address.rpartition(":")
+    settings = struct.pack(">IBI", 4, 0, 0)
+    goaway = struct.pack(">BBIII", 7, 0, 0, 0, 77) + debug_data
+    with socket.create_connection((host, int(port)), timeout=10) as end:
+        end.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        end.sendall(struct.pack(">I", 8 + len(debug_data))[1:] + goaway)
+        end.shutdown(socket.SHUT_WR)
+        while end.recv(4096):
+            pass
 
 
 def _check_drain(client: Client, process: subprocess.Popen[str]) -> None:

@@ -12,10 +12,12 @@ import grpc
 
 from jaxserve.proto.v1 import inference_pb2_grpc
 from jaxserve.server import convert
-from jaxserve.server.metadata import RETRY_KEY
+from jaxserve.server.metadata import REQUEST_ID_KEY, RETRY_KEY
 from jaxserve.server.pacing import Pacing
 from tools.chaos.questions import FLUSH_TOKENS, NUM_OUTPUT_TOKENS, Answer, End
 
+ANSWER_TIMEOUT_S = 300
+"""Longer than any queue, with a pause of the machine in it."""
 _REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 
 
@@ -55,9 +57,11 @@ class GrpcClient:
             ignore_eos=True,
             pacing=Pacing(flush_tokens=FLUSH_TOKENS),
         )
-        call = self._stub.Generate(message, timeout=120)
+        call = self._stub.Generate(message, timeout=ANSWER_TIMEOUT_S)
         is_whole = False
         try:
+            head = dict(await call.initial_metadata() or ())
+            answer.is_begun = REQUEST_ID_KEY in head
             async for response in call:
                 if response.output.token_ids:
                     answer.token_ids.extend(response.output.token_ids)
@@ -70,7 +74,8 @@ class GrpcClient:
             else:
                 answer.end = End.WHOLE if is_whole else End.BROKEN
         except grpc.aio.AioRpcError as error:
-            answer.end, answer.detail = _end_of(error, answer), f"{error.code().name}"
+            answer.end = _end_of(error, answer)
+            answer.detail = f"{error.code().name}: {(error.details() or '')[:60]}"
             retry = dict(error.trailing_metadata() or ()).get(RETRY_KEY)
             answer.retry_after_s = 0.0 if retry is None else int(retry) / 1000
         answer.ended_s = time.monotonic()
@@ -85,7 +90,7 @@ def _end_of(error: grpc.aio.AioRpcError, answer: Answer) -> End:
     details = error.details() or ""
     # The library's own words for a connection that is not there.
     if "onnect" in details or "GOAWAY" in details or "ocket closed" in details:
-        return End.BROKEN if answer.token_ids else End.UNREACHABLE
+        return End.BROKEN if answer.is_begun else End.UNREACHABLE
     return End.CUT if answer.token_ids else End.REFUSED
 
 
@@ -99,10 +104,10 @@ class HttpClient:
         self, answer: Answer, prompt: Sequence[int], leave_after: int | None = None
     ) -> None:
         try:
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await self._ask(answer, prompt, leave_after)
         except (OSError, asyncio.IncompleteReadError) as error:
-            answer.end = End.BROKEN if answer.token_ids else End.UNREACHABLE
+            answer.end = End.BROKEN if answer.is_begun else End.UNREACHABLE
             answer.detail = type(error).__name__
         answer.ended_s = time.monotonic()
 
@@ -117,6 +122,7 @@ class HttpClient:
                 answer.end = End.REFUSED if status in (429, 503) else End.FAILED
                 answer.retry_after_s = float(headers.get("retry-after", 0))
                 return
+            answer.is_begun = True
             answer.end = await _read_events(reader, answer, leave_after)
         finally:
             writer.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tools.chaos.clients import Client, GrpcClient, HttpClient
@@ -15,6 +15,8 @@ from tools.chaos.soaked_server import SoakedServer
 LAG_PERIOD_S = 0.05
 LATE_S = 0.05
 """A timer or a request that comes later than this came late: the clients had too little CPU."""
+PAUSE_S = 5.0
+"""Later than this: the whole machine stood still (a suspended VM, say)."""
 
 
 @dataclass(slots=True)
@@ -23,14 +25,12 @@ class Watch:
 
     started_s: float = field(default_factory=time.monotonic)
     cpu_started_s: float = field(default_factory=time.process_time)
+    cpu_share: float = 0.0
+    """1 is a core."""
     num_ticks: int = 0
     num_late: int = 0
-
-    @property
-    def cpu_share(self) -> float:
-        """1 is a core."""
-        elapsed_s = time.monotonic() - self.started_s
-        return (time.process_time() - self.cpu_started_s) / max(elapsed_s, 1e-9)
+    paused_s: float = 0.0
+    """For so long the machine stood still."""
 
     @property
     def late_fraction(self) -> float:
@@ -41,8 +41,13 @@ class Watch:
         while True:
             due_s = time.monotonic() + LAG_PERIOD_S
             await asyncio.sleep(LAG_PERIOD_S)
+            late_s = time.monotonic() - due_s
             self.num_ticks += 1
-            self.num_late += time.monotonic() - due_s > LATE_S
+            self.num_late += late_s > LATE_S
+            if late_s > PAUSE_S:
+                self.paused_s += late_s
+            elapsed_s = time.monotonic() - self.started_s
+            self.cpu_share = (time.process_time() - self.cpu_started_s) / elapsed_s
 
 
 class Crowd:
@@ -69,13 +74,21 @@ class Crowd:
         self, num_clients: int, seconds: float, leaving_fraction: float = 0.0
     ) -> list[Answer]:
         """Each client asks again when it is answered; a refused one waits as it is told."""
-        before = len(self.answers)
         end_s = time.monotonic() + seconds
+        return await self.closed_loop_until(
+            lambda: time.monotonic() >= end_s, num_clients, leaving_fraction
+        )
+
+    async def closed_loop_until(
+        self, is_over: Callable[[], bool], num_clients: int, leaving_fraction: float = 0.0
+    ) -> list[Answer]:
+        """The same, for as long as the clients find that it is not over."""
+        before = len(self.answers)
 
         async def live(index: int) -> None:
             client = self._client(index)
             await asyncio.sleep(self._rng.random() * 0.5)
-            while time.monotonic() < end_s:
+            while not is_over():
                 leaves = self._rng.random() < leaving_fraction
                 answer = await self._ask(client, self._rng.randrange(40) if leaves else None)
                 if answer.end in (End.REFUSED, End.UNREACHABLE):
@@ -87,13 +100,16 @@ class Crowd:
     async def open_loop(self, rate: float, seconds: float, watch: Watch) -> list[Answer]:
         """Asks at random times of this rate (a Poisson process), whatever is answered.
 
-        Returns when the last one is answered.
+        Returns when the last one is answered. After a pause of the machine it asks no more: what
+        fell due meanwhile would come all at once.
         """
         before = len(self.answers)
         start_s, due_s = time.monotonic(), 0.0
         tasks: list[asyncio.Task[Answer]] = []
         while (due_s := due_s + self._rng.expovariate(rate)) < seconds:
             delay_s = start_s + due_s - time.monotonic()
+            if delay_s < -PAUSE_S:
+                break
             if delay_s > 0:
                 await asyncio.sleep(delay_s)
             watch.num_ticks += 1

@@ -25,9 +25,9 @@ class End(StrEnum):
     CUT = "cut"
     """It had begun, and an error that is said in the stream ended it."""
     UNREACHABLE = "unreachable"
-    """Nothing listens, or the connection was reset before an answer began."""
+    """Nothing listens, or the connection was reset before the head of an answer."""
     BROKEN = "broken"
-    """The connection ended in the middle of an answer."""
+    """The connection ended in the middle of an answer, or before its first token."""
     FAILED = "failed"
     """An error of the server: INTERNAL, 500, or one that no client should see."""
 
@@ -39,6 +39,8 @@ class Answer:
     question: int
     due_s: float
     token_ids: list[int] = field(default_factory=list)
+    is_begun: bool = False
+    """The server took the request: it sent the head of an answer."""
     message_s: list[float] = field(default_factory=list)
     end: End = End.FAILED
     detail: str = ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import urllib.error
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TypeVar
 
 from tools.chaos.clients import GrpcClient
 from tools.chaos.crowd import Crowd, Watch, whole_per_s
@@ -29,12 +31,18 @@ from tools.chaos.verdicts import (
 
 NUM_CLIENTS = 200
 NUM_SLOW_READERS = 8
+NUM_PEAK_CLIENTS = 48
 NUM_PACE_CLIENTS = 8
 NUM_PROMPTS = 12
 OVERLOAD = 5.0
 LEAVING_FRACTION = 0.15
-REST_TIMEOUT_S = 60.0
+MAX_LOOKS = 120
+LOOK_PERIOD_S = 0.5
+MAX_TRIES = 3
+"""Of a measured phase, when the machine stood still in it."""
 SAMPLE_PERIOD_S = 0.5
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ class Findings:
 
     verdicts: list[Verdict] = field(default_factory=list)
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By phase: CPU share of the clients' process and the fraction of late timers."""
+    """By phase: CPU share of the clients' process, the fraction of late timers, and for how many
+    seconds the machine stood still."""
 
 
 OnPhase = Callable[[str, float], None]
@@ -139,39 +148,63 @@ async def _measured_phases(
     async with _crowd(server, questions, rng, answers) as crowd:
         await crowd.closed_loop(NUM_CLIENTS, schedule.warm_up_s, LEAVING_FRACTION)
         on_phase("peak", schedule.peak_s)
-        with _watched("peak", findings):
-            # More than the slots and fewer than the queue holds: busy, and nobody refused.
-            peak_per_s = await _closed_rate(crowd, 48, schedule.peak_s)
+        # More than the slots and fewer than the queue holds: busy, and nobody refused.
+        calm, peak = await _unpaused(
+            lambda _: crowd.closed_loop(NUM_PEAK_CLIENTS, schedule.peak_s), "peak", findings
+        )
+        peak_per_s = _settled_rate(calm, peak, schedule.peak_s)
         on_phase("overload", schedule.overload_s)
-        with _watched("overload", findings) as watch:
-            start_s = time.monotonic()
-            rate = OVERLOAD * peak_per_s
-            overload = await crowd.open_loop(rate, schedule.overload_s, watch)
-        settled_s = start_s + 0.2 * schedule.overload_s
-        good_per_s = whole_per_s(overload, settled_s, start_s + schedule.overload_s)
-        findings.verdicts += judge_overload(peak_per_s, good_per_s, overload, watch)
+        flood, overload = await _unpaused(
+            lambda watch: crowd.open_loop(OVERLOAD * peak_per_s, schedule.overload_s, watch),
+            "overload",
+            findings,
+        )
+        good_per_s = _settled_rate(flood, overload, schedule.overload_s)
+        findings.verdicts += judge_overload(peak_per_s, good_per_s, flood, (peak, overload))
         on_phase("pace", schedule.pace_s)
-        without = await crowd.closed_loop(NUM_PACE_CLIENTS, schedule.pace_s)
+        without, alone = await _unpaused(
+            lambda _: crowd.closed_loop(NUM_PACE_CLIENTS, schedule.pace_s), "pace", findings
+        )
         on_phase("slow readers", schedule.pace_s)
-        with _watched("slow readers", findings) as watch:
-            slow = [
-                asyncio.create_task(
-                    read_nothing(
-                        server, questions.prompts[0], schedule.pace_s, over_grpc=index % 2 == 0
-                    )
-                )
-                for index in range(NUM_SLOW_READERS)
-            ]
-            await asyncio.sleep(min(5.0, schedule.pace_s / 4))
-            beside = await crowd.closed_loop(NUM_PACE_CLIENTS, schedule.pace_s * 3 / 4)
-            await asyncio.gather(*slow)
-        findings.verdicts.append(judge_pace(without, beside, watch))
+        beside, crowded = await _unpaused(
+            lambda _: _beside_slow_readers(server, questions, crowd, schedule.pace_s),
+            "slow readers",
+            findings,
+        )
+        findings.verdicts.append(judge_pace(without, beside, (alone, crowded)))
 
 
-async def _closed_rate(crowd: Crowd, num_clients: int, seconds: float) -> float:
-    start_s = time.monotonic()
-    answers = await crowd.closed_loop(num_clients, seconds)
-    return whole_per_s(answers, start_s + 0.2 * seconds, start_s + seconds)
+async def _unpaused(
+    measure: Callable[[Watch], Awaitable[_T]], phase: str, findings: Findings
+) -> tuple[_T, Watch]:
+    """Measures again if the machine stood still meanwhile, at most `MAX_TRIES` times in all."""
+    for _ in range(MAX_TRIES):
+        with watched(phase, findings) as watch:
+            result = await measure(watch)
+        if not watch.paused_s:
+            break
+    return result, watch
+
+
+def _settled_rate(answers: Sequence[Answer], watch: Watch, seconds: float) -> float:
+    """Whole answers a second, without the first fifth of the phase."""
+    return whole_per_s(answers, watch.started_s + 0.2 * seconds, watch.started_s + seconds)
+
+
+async def _beside_slow_readers(
+    server: SoakedServer, questions: Questions, crowd: Crowd, seconds: float
+) -> list[Answer]:
+    slow = [
+        asyncio.create_task(
+            read_nothing(server, questions.prompts[0], seconds, over_grpc=index % 2 == 0)
+        )
+        for index in range(NUM_SLOW_READERS)
+    ]
+    start_s = min(5.0, seconds / 4)
+    await asyncio.sleep(start_s)
+    beside = await crowd.closed_loop(NUM_PACE_CLIENTS, seconds - start_s)
+    await asyncio.gather(*slow)
+    return beside
 
 
 async def _chaos(
@@ -184,7 +217,7 @@ async def _chaos(
 ) -> list[Answer]:
     """200 clients of which some leave, slow readers and rubbish, all at once."""
     answers: list[Answer] = []
-    with _watched(phase, findings):
+    with watched(phase, findings):
         async with (
             _crowd(server, questions, rng, answers) as crowd,
             _nuisances(server, questions, rng),
@@ -198,14 +231,22 @@ async def _restart_under_load(
 ) -> list[Answer]:
     """SIGTERM while 200 clients ask; they go on asking until the next process answers."""
     answers: list[Answer] = []
+    is_back = asyncio.Event()
     async with _crowd(server, questions, rng, answers) as crowd:
-        load = asyncio.create_task(crowd.closed_loop(NUM_CLIENTS, 6.0))
+        load = asyncio.create_task(crowd.closed_loop_until(is_back.is_set, NUM_CLIENTS))
         await asyncio.sleep(3.0)
         server.terminate()
-        exit_code = await asyncio.to_thread(server.wait)
-        await asyncio.to_thread(server.start)
+        try:
+            exit_code = await asyncio.to_thread(server.wait)
+            await asyncio.to_thread(server.start)
+        finally:
+            is_back.set()
         await load
         after = await crowd.closed_loop(NUM_PACE_CLIENTS, 5.0)
+    for answer in answers:
+        # gRPC ends calls so that wait for the server's attention when it stops listening.
+        if answer.detail.startswith("CANCELLED") and not answer.is_begun:
+            answer.end = End.UNREACHABLE
     cut = sum(answer.end is End.CUT for answer in answers)
     whole_after = sum(answer.end is End.WHOLE for answer in after)
     findings.verdicts += [
@@ -257,7 +298,7 @@ async def _nuisances(
 
 
 @contextlib.contextmanager
-def _watched(phase: str, findings: Findings) -> Iterator[Watch]:
+def watched(phase: str, findings: Findings) -> Iterator[Watch]:
     """Notes how busy the clients were."""
     watch = Watch()
     task = asyncio.create_task(watch.run())
@@ -268,6 +309,7 @@ def _watched(phase: str, findings: Findings) -> Iterator[Watch]:
         findings.clients[phase] = {
             "cpu_share": watch.cpu_share,
             "late_fraction": watch.late_fraction,
+            "paused_s": watch.paused_s,
         }
 
 
@@ -290,17 +332,25 @@ async def _sampled(server: SoakedServer) -> AsyncIterator[list[Sample]]:
 
 
 async def at_rest(server: SoakedServer) -> AtRest:
-    """Waits until nothing runs and the connections are closed, at most `REST_TIMEOUT_S`."""
-    end_s = time.monotonic() + REST_TIMEOUT_S
+    """Waits until nothing runs and the connections are closed, for `MAX_LOOKS` looks at most.
+
+    Not for a time, since the machine may stand still.
+    """
+    gc.collect()  # gRPC's channels are closed, but keep their sockets until then.
     calm: list[AtRest] = []
-    while True:
-        now = await asyncio.to_thread(_look, server)
+    for _ in range(MAX_LOOKS):
+        try:
+            now = await asyncio.to_thread(_look, server)
+        except (OSError, urllib.error.URLError):
+            calm.clear()
+            continue
         calm = [*calm, now] if not calm or calm[-1] == now else [now]
-        # The kernel gives sockets of slow readers back after their stall time.
-        is_calm = len(calm) >= 5 and now.num_requests == now.num_pages_held == 0
-        if is_calm or time.monotonic() > end_s:
+        if len(calm) >= 5 and now.num_requests == now.num_pages_held == 0:
             return now
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(LOOK_PERIOD_S)
+    if not calm:
+        raise RuntimeError("the server gives no figures any more")
+    return calm[-1]
 
 
 def _look(server: SoakedServer) -> AtRest:
@@ -321,8 +371,3 @@ def worst(verdicts: Sequence[Verdict]) -> int:
     """The exit code: 0 if all hold, 1 if one fails, 3 if none fails and some are void."""
     outcomes = {verdict.outcome for verdict in verdicts}
     return 1 if "fails" in outcomes else 3 if "void" in outcomes else 0
-
-
-def log_tail(path: Path, num_chars: int = 2000) -> str:
-    """The end of the server's log."""
-    return path.read_text()[-num_chars:]

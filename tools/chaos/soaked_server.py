@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,10 +22,10 @@ OPTIONS = {
     "max-num-seqs": "16",
     "kv-cache-bytes": "24MB",
     "max-queued-requests": "64",
-    "drain-timeout-s": "60",
+    "drain-timeout-s": "240",
 }
-START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,14 @@ class SoakedServer:
                 )
             finally:
                 os.sched_setaffinity(0, mine)
-        assert self._process.stdout is not None
-        if not self._process.stdout.readline().startswith("READY"):
-            raise RuntimeError(f"the server did not start: {self._log.read_text()[-2000:]}")
+        told = self._process.stdout
+        assert told is not None
+        in_time, _, _ = select.select([told], [], [], START_TIMEOUT_S)
+        if not in_time or not told.readline().startswith("READY"):
+            self.close()
+            raise RuntimeError(
+                f"the server did not start: {self._log.read_text(errors='replace')[-2000:]}"
+            )
 
     def terminate(self) -> None:
         """SIGTERM, which begins a drain."""
@@ -92,10 +98,6 @@ class SoakedServer:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
 
     def sample(self) -> Sample | None:
         """None while it is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from tools.chaos.crowd import Watch
-from tools.chaos.questions import Answer, End, Questions
+from tools.chaos.questions import FLUSH_TOKENS, NUM_OUTPUT_TOKENS, Answer, End, Questions
 from tools.chaos.soaked_server import Sample
 
 MAX_RSS_GROWTH_BYTES = 32 << 20
@@ -23,6 +24,8 @@ MAX_WAIT_P99_S = 15.0
 MAX_PACE_RATIO = 1.5
 MAX_CPU_SHARE = 0.9
 MAX_LATE_FRACTION = 0.01
+_ERROR_LINE = re.compile(r"ERROR |CRITICAL |Traceback|[EF]\d{4} ")
+"""Of Python's log and of C++'s."""
 
 
 class Outcome(StrEnum):
@@ -47,8 +50,10 @@ class Verdict:
 
 
 def lags(watch: Watch) -> bool:
-    """The clients had too little CPU for their times to mean something."""
-    return watch.cpu_share > MAX_CPU_SHARE or watch.late_fraction > MAX_LATE_FRACTION
+    """The clients had too little CPU for their times to mean something, or the machine stood
+    still."""
+    lags = watch.cpu_share > MAX_CPU_SHARE or watch.late_fraction > MAX_LATE_FRACTION
+    return lags or watch.paused_s > 0
 
 
 def judge_tokens(answers: Sequence[Answer], questions: Questions) -> list[Verdict]:
@@ -75,12 +80,13 @@ def judge_tokens(answers: Sequence[Answer], questions: Questions) -> list[Verdic
 
 
 def judge_overload(
-    peak_per_s: float, good_per_s: float, answers: Sequence[Answer], watch: Watch
+    peak_per_s: float, good_per_s: float, answers: Sequence[Answer], watches: Sequence[Watch]
 ) -> list[Verdict]:
     """Args:
     answers: of the overload.
+    watches: of the peak and the overload.
     """
-    void = lags(watch)
+    void = any(map(lags, watches))
     waits_s = [a.message_s[0] - a.due_s for a in answers if a.message_s]
     p99_s = float(np.percentile(waits_s, 99)) if waits_s else float("inf")
     refused_s = [a.ended_s - a.due_s for a in answers if a.end is End.REFUSED]
@@ -105,24 +111,29 @@ def judge_overload(
     ]
 
 
-def judge_pace(without: Sequence[Answer], beside: Sequence[Answer], watch: Watch) -> Verdict:
+def judge_pace(
+    without: Sequence[Answer], beside: Sequence[Answer], watches: Sequence[Watch]
+) -> Verdict:
     """Args:
     without, beside: answers of the same load before slow readers came, and beside them.
+    watches: of both.
     """
-    before_s, after_s = median_gap_s(without), median_gap_s(beside)
+    before_s, after_s = median_s_per_token(without), median_s_per_token(beside)
     return Verdict.of(
         "pace of other streams beside slow readers",
-        f"{1e3 * before_s:.1f} ms between messages, then {1e3 * after_s:.1f} ms",
+        f"{1e3 * before_s:.1f} ms a token, then {1e3 * after_s:.1f} ms",
         f"<= {MAX_PACE_RATIO:g} times",
         after_s <= MAX_PACE_RATIO * before_s,
-        lags(watch),
+        any(map(lags, watches)),
     )
 
 
-def median_gap_s(answers: Sequence[Answer]) -> float:
-    """Between two messages of a stream."""
-    gaps = [np.diff(a.message_s) for a in answers if a.end is End.WHOLE and len(a.message_s) > 1]
-    return float(np.median(np.concatenate(gaps))) if gaps else float("nan")
+def median_s_per_token(answers: Sequence[Answer]) -> float:
+    """After a stream's first message, of whole answers."""
+    num_tokens = NUM_OUTPUT_TOKENS - FLUSH_TOKENS
+    whole = [a for a in answers if a.end is End.WHOLE]
+    took_s = [(a.message_s[-1] - a.message_s[0]) / num_tokens for a in whole]
+    return float(np.median(took_s)) if took_s else float("nan")
 
 
 def judge_memory(life: str, samples: Sequence[Sample]) -> Verdict:
@@ -176,3 +187,12 @@ def judge_rest(life: str, before: AtRest, after: AtRest) -> list[Verdict]:
         ),
         Verdict.of(f"compilations of {life}", f"{after.num_compiles}", "0", not after.num_compiles),
     ]
+
+
+def judge_log(log: str) -> Verdict:
+    """Args:
+    log: what the server's processes wrote to their standard error.
+    """
+    found = [line for line in log.splitlines() if _ERROR_LINE.match(line)]
+    told = f"{len(found)}" + (f", the first: {found[0][:100]}" if found else "")
+    return Verdict.of("errors in the server's log", told, "0", not found)

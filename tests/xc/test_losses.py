@@ -13,6 +13,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.xc.config import LossConfig, LossName
 from jaxserve.xc.label_sets import LabelSets
 from jaxserve.xc.losses import classifier_losses, encoder_losses
+from models.bag_of_embeddings import BagConfig, Params, embed_texts, init_params
 
 BOTH: tuple[LossName, ...] = ("triplet", "softmax")
 
@@ -96,3 +97,17 @@ def test_classifiers_push_positives_up_and_negatives_down(name: LossName) -> Non
 def test_settings_that_cannot_work_are_named() -> None:
     with pytest.raises(ConfigError, match="temperature is 0"):
         LossConfig(temperature=0)
+
+
+def test_steps_of_adam_do_not_move_all_texts_to_one_place() -> None:
+    """The first steps move every number of the residual layer by the same amount."""
+    config = BagConfig(vocab_size=200, width=96, hidden=192)
+    params = init_params(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (64, 8), 0, config.vocab_size)
+    lengths = jnp.full((64,), 8)
+
+    def spread(params: Params) -> float:
+        return float(embed_texts(params, tokens, lengths).std(axis=0).mean())
+
+    moved = params | {"mlp": jax.tree.map(lambda one: one + 30 * 3e-3, params["mlp"])}
+    assert spread(moved) > 0.8 * spread(params)

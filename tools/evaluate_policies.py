@@ -1,16 +1,16 @@
 """Latency of the scheduling policies in the real engine: SL1 to SL6 and SL8 on this machine.
 
     python tools/evaluate_policies.py [--only sl1,sl6] [--operating-point cpu|gpu]
-        [--engine-cores N] [--model FOLDER] [--wait-s N] [--json]
-        [--resume FOLDER] [--stop-after-s N]
+        [--engine-cores N] [--first-cores] [--model FOLDER] [--wait-s N] [--json]
+        [--resume FOLDER] [--stop-after-s N] [--seeds 1,2,3] [--num-requests N]
 
 The same engine, model and load; only the policy differs. Each part takes one
 to three minutes and ends as pass, fail or void. Void says that the machine was
 busy: nothing can be concluded, whether the checks hold or not.
 
 SL3 to SL5 consist of cells, one rate or one budget each. `--resume` keeps those that were
-measured on a quiet machine and measures only what is missing, so that a part can be finished in
-several quiet spells.
+measured on a quiet machine, measures void ones again until `--stop-after-s`, and later only what
+is missing, so that a part can be finished in several quiet spells.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tools.policy_evaluation.budget_control import objective_keeps
@@ -54,6 +55,11 @@ def main() -> None:
     parser.add_argument(
         "--engine-cores", type=int, help="cores for steps alone (the operating point's number)"
     )
+    parser.add_argument(
+        "--first-cores",
+        action="store_true",
+        help="steps run on the first cores, not on the last: whichever keep their speed",
+    )
     parser.add_argument("--model", type=Path, help="where to keep the random model")
     parser.add_argument("--cache", type=Path, help="of compiled programs (the engine's own)")
     parser.add_argument(
@@ -63,14 +69,21 @@ def main() -> None:
     parser.add_argument(
         "--stop-after-s", type=float, default=math.inf, help="begins no cell later than that"
     )
+    parser.add_argument("--seeds", default="1,2,3", help="of sl5")
+    parser.add_argument("--num-requests", type=int, default=80, help="in a cell of sl5")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     names = args.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(unknown)}")
+    seeds = tuple(int(seed) for seed in args.seeds.split(","))
+    sl5 = partial(slack_throughput, num_requests=args.num_requests, seeds=seeds)
+    parts = PARTS | {"sl5": sl5}
     point = OPERATING_POINTS[args.operating_point]
     try:
-        placement = place_engine(args.engine_cores or point.num_engine_cores)
+        placement = place_engine(
+            args.engine_cores or point.num_engine_cores, on_first=args.first_cores
+        )
     except ValueError as error:
         parser.error(str(error))
     last_start_s = time.monotonic() + args.stop_after_s
@@ -81,7 +94,7 @@ def main() -> None:
             if args.wait_s:
                 wait_until_quiet(placement.all_cores, args.wait_s)
             try:
-                outcome = PARTS[name](rig, Cells(rig, name, args.resume, last_start_s))
+                outcome = parts[name](rig, Cells(rig, name, args.resume, last_start_s))
             except UnfinishedError as error:
                 failed = True
                 print(f"{error}: run it again with the same --resume", file=sys.stderr)

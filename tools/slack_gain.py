@@ -6,10 +6,14 @@ against Sarathi with the fixed budget that the quick class's objective gives, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from jaxserve.engine.scheduler.budget import choose_token_budget
+from jaxserve.engine.step_cost import StepCost
+from jaxserve.engine.step_features import StepFeatures
 from jaxserve.simulator.arrivals import ArrivalProcess
 from jaxserve.simulator.cost_models.base import HostCost
 from jaxserve.simulator.deployments import find_deployment
@@ -23,6 +27,7 @@ from jaxserve.simulator.service_classes import (
     goodput_at,
     slack_engine,
 )
+from jaxserve.simulator.workloads import Lengths
 
 BUDGETS = (512, 1024, 256)
 """Fixed budgets beside the automatic one, in the order in which they are tried."""
@@ -90,7 +95,38 @@ def compare_budgets(name: str, seed: int) -> SlackGain:
         found = _better(_fixed(experiment, budget), workload, seed, best)
         if found is not None:
             best, best_budget = found, budget
-    return SlackGain(slack, auto, best, best_budget)
+    sustained = most_sustained_qps(experiment.cost, workload.lengths, MAX_ROWS)
+    return SlackGain(slack, auto, best, best_budget, sustained)
+
+
+def most_sustained_qps(cost: StepCost, lengths: Sequence[Lengths], max_rows: int) -> float:
+    """Requests per second if all steps had the best size up to `max_rows`, and requests never
+    ended to come.
+
+    An upper bound for every policy and budget: rows of a step cost least at that size, and what
+    decodes and prompts cost beside does not depend on the order.
+    """
+    prompts, outputs = np.array(lengths, dtype=float).T
+    decodes = outputs - 1  # The first token comes with the prompt's last chunk.
+    pairs = float(np.mean(prompts**2 / 2))
+    context = float(np.mean(decodes * (prompts + outputs / 2)))
+    best_qps = 0.0
+    for num_rows in range(64, max_rows + 1, 8):
+        requests = num_rows / float(np.mean(prompts + decodes))  # In one step.
+        # Rounded down, which makes the step cheaper.
+        num_decodes, num_prefills = int(requests * float(np.mean(decodes))), max(1, int(requests))
+        step = StepFeatures(
+            num_tokens=num_rows,
+            num_rows_bucket=num_rows,
+            num_seqs=num_decodes + num_prefills,
+            num_decodes=num_decodes,
+            decode_context=int(requests * context),
+            num_prefills=num_prefills,
+            num_prefill_tokens=num_rows - num_decodes,
+            prefill_pairs=requests * pairs,
+        )
+        best_qps = max(best_qps, requests / cost.predict_s(step))
+    return best_qps
 
 
 def _better(engine: SimEngine, workload: Workload, seed: int, best: Goodput) -> Goodput | None:

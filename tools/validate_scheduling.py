@@ -390,7 +390,10 @@ def slack(workload: str, settings: Settings) -> list[Finding]:
                 (f"tau {gain.best_budget}", gain.best),
             )
         )
-        print(f"     {workload}, seed {seed}: {each}")
+        print(
+            f"     {workload}, seed {seed}: {each}; without end at most "
+            f"{gain.sustained_qps:.2f} qps in any order"
+        )
     quantity = f"{workload}: load served well, slack /"
     over_auto = tuple(gain.over_auto for gain in gains)
     over_best = tuple(gain.over_best for gain in gains)

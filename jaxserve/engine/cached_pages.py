@@ -33,6 +33,8 @@ class CachedPages:
     @property
     def num_reserved(self) -> int:
         """Pages that are in a reserve."""
+        if not self.reserves:
+            return 0
         return sum(
             min(len(self._of_owner.get(owner, ())), reserve)
             for owner, reserve in self.reserves.items()

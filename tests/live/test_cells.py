@@ -42,35 +42,60 @@ def test_a_kept_cell_is_not_measured_again(tmp_path: Path) -> None:
 
 @dataclass
 class ScriptedMeter(NoiseMeter):
-    """Reads a busy machine the first two times, then a quiet one."""
+    """Makes samples as `script` says: quiet ones (True) and busy ones; then only quiet ones."""
 
-    num_made: ClassVar[int] = 0
+    script: ClassVar[list[bool]] = []
+    is_quiet: bool = True
 
     def __post_init__(self) -> None:
-        ScriptedMeter.num_made += 1
+        """No CPU is looked at."""
 
     def sample(self, repeats: int = 12, *, whole_repeats: int = 2) -> None:
         """No step is timed."""
+        self.is_quiet &= ScriptedMeter.script.pop(0) if ScriptedMeter.script else True
 
     def readings(self) -> Readings:
-        return readings(0.050, 0.090 if ScriptedMeter.num_made < 3 else 0.051)
+        return readings(0.050, 0.051 if self.is_quiet else 0.090)
 
 
-@pytest.mark.parametrize(("is_basis", "num_measured"), [(True, 3), (False, 1)])
-def test_nothing_kept_rests_on_a_void_basis(
-    tmp_path: Path, is_basis: bool, num_measured: int
+@pytest.mark.parametrize(
+    ("is_kept", "script", "num_measured"),
+    [
+        (True, [True, False, True, False], 3),
+        (True, [False, False], 1),  # Not begun before it is quiet.
+        (False, [True, False], 1),
+        (False, [False, False], 1),
+    ],
+)
+def test_a_void_cell_is_measured_again_where_cells_are_kept(
+    tmp_path: Path, is_kept: bool, script: list[bool], num_measured: int
 ) -> None:
-    """A basis is measured until it can be kept; another cell once, and the next run tries again."""
-    ScriptedMeter.num_made = 0
+    """Else its part is void."""
+    ScriptedMeter.script = script
+    folder = tmp_path if is_kept else None
+    cells = Cells(NO_RIG, "sl9", folder, make_meter=ScriptedMeter)
+    measured: list[NoiseMeter] = []
+
+    def measure(meter: NoiseMeter) -> dict[str, Any]:
+        measured.append(meter)
+        return {"key": "a"}
+
+    assert cells.get("a", measure) == {"key": "a"}
+    assert len(measured) == num_measured
+    assert bool(cells.worst_noise().void_reasons()) != is_kept
+    assert (tmp_path / "sl9.a.json").exists() == is_kept
+
+
+def test_a_cell_that_says_itself_that_it_is_void_is_not_kept(tmp_path: Path) -> None:
+    ScriptedMeter.script = []
     cells = Cells(NO_RIG, "sl9", tmp_path, make_meter=ScriptedMeter)
-    assert cells.get("a", lambda _: {"key": "a"}, is_basis=is_basis) == {"key": "a"}
-    assert ScriptedMeter.num_made == num_measured
-    assert bool(cells.noise().void_reasons()) != is_basis
-    assert (tmp_path / "sl9.a.json").exists() == is_basis
+    reasons = [["the generator lagged"], []]
+    assert cells.get("a", lambda _: {"void_reasons": reasons.pop(0)}) == {"void_reasons": []}
+    assert not reasons
 
 
-def test_a_basis_that_is_void_ends_the_run_when_time_is_up(tmp_path: Path) -> None:
-    ScriptedMeter.num_made = 0
+def test_a_void_cell_ends_the_run_when_time_is_up(tmp_path: Path) -> None:
+    ScriptedMeter.script = [True, False]
     cells = Cells(NO_RIG, "sl9", tmp_path, time.monotonic() + 60, make_meter=ScriptedMeter)
 
     def last(_: NoiseMeter) -> dict[str, Any]:
@@ -78,19 +103,22 @@ def test_a_basis_that_is_void_ends_the_run_when_time_is_up(tmp_path: Path) -> No
         return {}
 
     with pytest.raises(UnfinishedError, match="sl9: a "):
-        cells.get("a", last, is_basis=True)
+        cells.get("a", last)
 
 
-def test_the_noise_is_that_of_all_cells_together(tmp_path: Path) -> None:
-    """Each was quiet, but the machine was half as fast again for one of them."""
+def test_the_noise_of_several_cells(tmp_path: Path) -> None:
+    """Each was quiet, but the machine was half as fast again for one of them: that matters where
+    their seconds are compared, and not where each is in units of its own steps."""
     keep(tmp_path, "a", readings(0.050, 0.051, 0.050))
     keep(tmp_path, "b", readings(0.075, 0.076, 0.075, foreign=0.09))
     cells = Cells(NO_RIG, "sl9", tmp_path, last_start_s=0.0)
     cells.get("a", pytest.fail)
-    assert not cells.noise().void_reasons()
+    assert not cells.readings().noise().void_reasons()
     cells.get("b", pytest.fail)
-    assert cells.noise().calibration_spread > MAX_SPREAD
-    assert cells.noise().foreign_cpu_share == 0.09
+    together, worst = cells.readings().noise(), cells.worst_noise()
+    assert together.calibration_spread > MAX_SPREAD
+    assert worst.calibration_spread == pytest.approx(0.0008 / 0.050)
+    assert together.foreign_cpu_share == worst.foreign_cpu_share == 0.09
     assert len(cells.readings().full_ms_by_sample) == 2
 
 

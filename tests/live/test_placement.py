@@ -27,7 +27,8 @@ def ticks():
         found[cores] = found.get(cores, 0) + int(fields[11]) + int(fields[12])
     return found
 
-placement = place_engine(1)
+placement = place_engine(1, on_first=ON_FIRST)
+assert placement.engine_cores == {sorted(placement.all_cores)[0 if ON_FIRST else -1]}
 assert os.sched_getaffinity(0) == placement.other_cores
 step = jax.jit(lambda x: jax.lax.fori_loop(0, 60, lambda _, y: y @ x / 700, x))
 x = jnp.ones((700, 700))
@@ -43,8 +44,10 @@ assert engine > 10 * (1 + sum(spent.values())), (engine, spent)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each side")
-def test_steps_run_on_the_cores_that_they_were_given() -> None:
-    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=120)
+@pytest.mark.parametrize("on_first", [False, True])
+def test_steps_run_on_the_cores_that_they_were_given(*, on_first: bool) -> None:
+    program = f"ON_FIRST = {on_first}\n{PROGRAM}"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_somebody_must_be_left_to_run_the_rest() -> None:

@@ -100,7 +100,11 @@ MUTANTS = [
     mutant(
         "decode_at_the_wrong_position",
         "S6",
-        Edit(DRAFT, "add_position(position)", "add_position(position + 1)"),
+        Edit(
+            DRAFT,
+            "self._decode_positions += positions",
+            "self._decode_positions += [position + 1 for position in positions]",
+        ),
     ),
     mutant(
         "admit_after_preempt",
@@ -241,6 +245,21 @@ MUTANTS = [
         "last_token_is_a_plain_one",
         "S7",
         Edit(UPDATES, "request.max_tokens - 1)", "request.max_tokens)"),
+    ),
+    mutant(
+        "last_token_only_fills_a_page",
+        "S7",
+        Edit(UPDATES, "len(request.output_token_ids) + 1 < request.max_tokens", "True"),
+    ),
+    mutant(
+        "stop_id_only_fills_a_page",
+        "S7",
+        Edit(UPDATES, "and token_id not in request.special_token_ids", "and True"),
+    ),
+    mutant(
+        "finished_in_flight_fills_a_page",
+        "S5 S6 S7",
+        Edit(UPDATES, "request.finish_reason is None", "True"),
     ),
     mutant(
         "finished_in_flight_still_gets_tokens",

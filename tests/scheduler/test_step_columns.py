@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jaxserve.engine.plan import Chunk, Decodes, SampleRow, StepPlan
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
 from jaxserve.engine.scheduler.config import SchedulerConfig
@@ -56,3 +58,28 @@ def test_updates_come_in_row_order_whatever_each_row_gave() -> None:
     seen = [(u.request.request_id, u.token_ids, u.finish_reason) for u in updates]
     assert seen == [("a", (5,), None), ("b", (STOP,), FinishReason.STOP), ("d", (6,), None)]
     assert seen == [(u.request.request_id, u.token_ids, u.finish_reason) for u in updates]
+
+
+def test_decodes_are_where_their_requests_are_now() -> None:
+    """The same requests decode as in the last step with decodes, in other slots."""
+    scheduler = Scheduler(replace(CONFIG, token_budget=16, buckets=(4, 16)))
+
+    def step() -> StepPlan:
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        tokens = [5] * plan.num_sample_rows
+        scheduler.commit(plan, results_of(plan.step_id, tokens, [0.0] * len(tokens)), 0.0)
+        return plan
+
+    requests = [Request(GenerationRequest(name, (1, 2)), 9, 0, frozenset(), 0.0) for name in "ab"]
+    for request in requests:
+        scheduler.add(request)
+    assert not step().decodes
+    before = step().decodes
+    scheduler.lose_steps()
+    urgent = GenerationRequest("c", (1, 2), priority=-1)
+    scheduler.add(Request(urgent, 1, 0, frozenset(), 0.0))
+    assert [chunk.request_id for chunk in step().prefills] == ["c", "a", "b"]
+    after = step().decodes
+    assert after.request_ids == before.request_ids == ("a", "b")
+    assert after.slots == tuple(request.slot for request in requests) != before.slots

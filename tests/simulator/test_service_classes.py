@@ -9,7 +9,7 @@ from jaxserve.simulator.arrivals import ArrivalProcess
 from jaxserve.simulator.cost_models.base import HostCost
 from jaxserve.simulator.deployments import find_deployment
 from jaxserve.simulator.experiment import Experiment, make_cost_model, make_workload
-from jaxserve.simulator.run import simulate
+from jaxserve.simulator.run import SimRequest, simulate
 from jaxserve.simulator.service_classes import (
     QUICK,
     SLOW,
@@ -17,7 +17,10 @@ from jaxserve.simulator.service_classes import (
     slack_engine,
     with_classes,
 )
+from jaxserve.simulator.stability import AffineCostModel, limit_requests_per_s
 from jaxserve.simulator.stopwatch import Timing
+from jaxserve.simulator.workloads import Lengths
+from tools.slack_gain import mistral, most_sustained_qps
 
 
 def timing(*token_s: float) -> Timing:
@@ -65,3 +68,18 @@ def test_under_load_slack_keeps_deadlines_that_a_fixed_budget_misses() -> None:
     assert min(well["slack"]) > 0.95
     assert well["fixed"][0] < well["slack"][0] - 0.1
     assert pytest.approx(1.0, abs=0.05) == well["slack"][1]
+
+
+def test_the_most_that_a_load_without_end_can_be_is_that_of_full_steps() -> None:
+    cost = AffineCostModel()
+    limit_qps = limit_requests_per_s(cost, 256, 96, 16)
+    assert most_sustained_qps(cost, [Lengths(96, 16)] * 5, 256) == pytest.approx(limit_qps)
+
+
+def test_nothing_sustains_more_than_the_most() -> None:
+    """A long burst is served at nearly that rate, and not above it."""
+    experiment = mistral()
+    lengths = [Lengths(1024, 64)] * 400
+    most_qps = most_sustained_qps(experiment.cost, lengths, 512)
+    run = simulate(experiment.engine("sarathi"), [SimRequest(one, 0.0) for one in lengths])
+    assert 0.85 * most_qps < len(lengths) / run.end_s < most_qps

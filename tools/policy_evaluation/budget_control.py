@@ -35,7 +35,7 @@ MIN_CHUNKS = 80
 def objective_keeps(rig: Rig, cells: Cells) -> Outcome:
     """SL4. Three objectives; the engine's own sizing chooses, as for --slo-tbt-ms."""
     budgets = rig.point.control_budgets
-    sizing = cells.get("sizing", partial(_sizing, rig), is_basis=True)
+    sizing = cells.get("sizing", partial(_sizing, rig))
     tbt_p99_s = {
         rows: cells.get(f"tbt-{rows}", partial(_tbt, rig, rows, step_s))["p99_s"]
         for rows, step_s in zip(budgets, sizing["full_step_s"], strict=True)

@@ -31,9 +31,8 @@ class Cells:
 
     A cell is kept as `FOLDER/PART.KEY.json`: its figures, and what the
     calibration loop read around it. Only a cell that was measured on a quiet
-    machine is kept, so another run measures the others again. The verdict is
-    about the readings of all cells together: a machine that was quiet each
-    time, but not equally fast, spreads them.
+    machine is kept; where cells are kept, a void one is measured again. Without
+    a folder a void cell makes its part void.
 
     Args:
         folder: None keeps nothing.
@@ -48,12 +47,8 @@ class Cells:
     make_meter: Callable[[Rig], NoiseMeter] = NoiseMeter
     _readings: list[Readings] = field(default_factory=list)
 
-    def get(self, key: str, measure: Measure, *, is_basis: bool = False) -> dict[str, Any]:
+    def get(self, key: str, measure: Measure) -> dict[str, Any]:
         """The figures of a cell: those that were kept, or measured now.
-
-        Args:
-            is_basis: other cells are measured by its figures, and none that is kept may rest
-                on one that is not. So where cells are kept, a void one is measured again.
 
         Raises UnfinishedError if it is too late to measure.
         """
@@ -65,15 +60,21 @@ class Cells:
         while True:
             if time.monotonic() > self.last_start_s:
                 raise UnfinishedError(f"{self.part}: {key} and what follows is not measured yet")
-            figures, readings = self._measured(measure)
+            meter = self.make_meter(self.rig)
+            meter.sample(_REPEATS, whole_repeats=0)
+            if path is not None and meter.noise().void_reasons():
+                continue  # It could only become void: wait for a quieter moment.
+            figures = measure(meter)
+            meter.sample(_REPEATS, whole_repeats=0)
+            readings = meter.readings()
             reasons = [*readings.noise().void_reasons(), *figures.get(VOID, ())]
             if reasons:
                 line = f"{self.part}.{key} is void: {'; '.join(reasons)}"
                 print(line, file=sys.stderr, flush=True)
-            if not (reasons and is_basis and path is not None):
+            if path is None or not reasons:
                 break
         self._readings.append(readings)
-        if path is not None and not reasons:
+        if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             record = {"figures": figures, "readings": asdict(readings)}
             partial = path.with_suffix(".partial")
@@ -81,16 +82,23 @@ class Cells:
             partial.rename(path)
         return figures
 
-    def _measured(self, measure: Measure) -> tuple[dict[str, Any], Readings]:
-        meter = self.make_meter(self.rig)
-        meter.sample(_REPEATS, whole_repeats=0)
-        figures = measure(meter)
-        meter.sample(_REPEATS, whole_repeats=0)
-        return figures, meter.readings()
-
     def readings(self) -> Readings:
-        """Of all cells asked for so far."""
+        """Of all cells asked for so far.
+
+        For cells whose figures are seconds: a machine that was quiet each time, but not equally
+        fast, spreads them.
+        """
         return merged(self._readings)
 
-    def noise(self) -> Noise:
-        return self.readings().noise()
+    def worst_noise(self) -> Noise:
+        """The worst of each cell.
+
+        For cells whose figures are in units of the steps that the calibration loop timed just
+        before: how fast the machine was then does not matter, only that it stayed so.
+        """
+        noises = [one.noise() for one in self._readings]
+        return Noise(
+            max(one.calibration_spread for one in noises),
+            max(one.foreign_cpu_share for one in noises),
+            max(one.load_average for one in noises),
+        )

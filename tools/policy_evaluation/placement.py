@@ -31,7 +31,7 @@ class Placement:
             os.sched_setaffinity(0, self.other_cores)
 
 
-def place_engine(num_engine_cores: int | None) -> Placement:
+def place_engine(num_engine_cores: int | None, *, on_first: bool = False) -> Placement:
     """Gives the device's threads the last cores and everything else the others.
 
     Must be called before anything has asked JAX for its devices: that starts the threads that
@@ -39,6 +39,8 @@ def place_engine(num_engine_cores: int | None) -> Placement:
 
     Args:
         num_engine_cores: None leaves all cores to all.
+        on_first: takes the first cores instead. What a virtual machine's cores share with
+            others differs: one may keep its speed when another does not.
 
     Raises:
         ValueError: no core would be left for the rest.
@@ -51,9 +53,8 @@ def place_engine(num_engine_cores: int | None) -> Placement:
             f"--engine-cores {num_engine_cores} does not suit {len(cores)} cores: at least one "
             "must run steps, and at least one the rest"
         )
-    placement = Placement(
-        frozenset(cores[-num_engine_cores:]), frozenset(cores[:-num_engine_cores])
-    )
+    engine_cores = cores[:num_engine_cores] if on_first else cores[-num_engine_cores:]
+    placement = Placement(frozenset(engine_cores), frozenset(cores).difference(engine_cores))
     with placement.on_engine_cores():
         jax.devices()
     return placement

@@ -50,9 +50,13 @@ def register_pages(state: SchedulerState, request: Request, end: int) -> None:
     """
     size = state.config.page_size
     num_pages = end // size
+    num_registered = request.num_registered_pages
+    if num_pages <= num_registered:
+        return
+    request.num_registered_pages = num_pages
     if state.config.prefix_caching:
         generation = request.generation
-        for index in range(request.num_registered_pages, num_pages):
+        for index in range(num_registered, num_pages):
             token_ids = request.known_token_ids(index * size, (index + 1) * size)
             state.pages.register(
                 request.page_ids[index],
@@ -61,7 +65,6 @@ def register_pages(state: SchedulerState, request: Request, end: int) -> None:
                 salt=generation.cache_salt,
                 owner=generation.account.cache_owner,
             )
-    request.num_registered_pages = max(request.num_registered_pages, num_pages)
 
 
 def num_granted_pages(

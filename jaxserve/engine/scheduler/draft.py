@@ -16,7 +16,6 @@ step is in flight: until then nothing is planned.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 from jaxserve.engine.plan import Chunk, Decodes, MaskLoad, SlotLoad, StepPlan
 from jaxserve.engine.request import Request
@@ -35,7 +34,7 @@ from jaxserve.engine.scheduler.budget import (
 from jaxserve.engine.scheduler.drafted_chunks import DraftRoom, drafted_chunk
 from jaxserve.engine.scheduler.room import StepRoom
 from jaxserve.engine.scheduler.rules import PolicyRules
-from jaxserve.engine.scheduler.state import SchedulerState
+from jaxserve.engine.scheduler.state import DecodeColumns, SchedulerState
 
 
 class StepDraft:
@@ -232,16 +231,23 @@ class StepDraft:
             step_id=step_id,
             num_rows_bucket=smallest_bucket(self._config.buckets, num_rows),
             decodes=Decodes(
-                request_ids=tuple([request.request_id for request in requests]),
-                slots=cast("tuple[int, ...]", tuple([request.slot for request in requests])),
-                positions=tuple(self._decode_positions),
-                new_pages=tuple(self._decode_pages),
+                *self._ids_and_slots(requests),
+                tuple(self._decode_positions),
+                tuple(self._decode_pages),
             ),
             prefills=tuple(self._prefills),
             slot_loads=tuple(self._slot_loads),
             preempted=tuple(self._preempted),
             mask_loads=tuple(self._mask_loads),
         )
+
+    def _ids_and_slots(self, requests: list[Request]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Columns of the plan: those of the step before, as long as nobody comes or goes."""
+        columns = self._state.decode_columns
+        if columns is None or columns.requests != requests:
+            columns = DecodeColumns.of(requests)
+            self._state.decode_columns = columns
+        return columns.request_ids, columns.slots
 
     def _decode_ready(self) -> list[Request]:
         """Requests that can decode now."""
@@ -308,22 +314,26 @@ class StepDraft:
     def _add_ready(self, requests: Sequence[Request]) -> None:
         """Their next decodes, with the pages that those need. The pages are there.
 
-        One loop without calls: it runs for every sequence in every step.
+        Loops without calls: they run for every sequence in every step.
         """
         if self._state.num_masked:
             for request in requests:
                 self._load_mask(request)
-        page_size, add_position = self._config.page_size, self._decode_positions.append
-        for row, request in enumerate(requests, start=len(self._decode_requests)):
-            position = request.num_computed_tokens
-            if not position % page_size and position == len(request.page_ids) * page_size:
+        page_size, first_row = self._config.page_size, len(self._decode_requests)
+        positions = [request.num_computed_tokens for request in requests]
+        for index, position in enumerate(positions):
+            if position % page_size:
+                continue
+            request = requests[index]
+            if position == len(request.page_ids) * page_size:
                 new_pages = self._state.pages.allocate(1)
                 request.page_ids += new_pages
-                self._decode_pages.append((row, tuple(new_pages)))
-            add_position(position)
-            request.num_computed_tokens = position + 1
+                self._decode_pages.append((first_row + index, tuple(new_pages)))
+        for request in requests:
+            request.num_computed_tokens += 1
             request.num_in_flight_steps += 1
-        self._decode_requests.extend(requests)
+        self._decode_positions += positions
+        self._decode_requests += requests
 
     def _add_drafted(self, ready: Sequence[Request]) -> list[Request]:
         """Those of `ready` whose next tokens are guessed, as chunks; returns the plain decodes.

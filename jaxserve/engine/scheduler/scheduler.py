@@ -37,6 +37,7 @@ from jaxserve.engine.scheduler.updates import (
     finish_reason_after,
     joined_updates,
     num_plain_outputs,
+    only_fills_page,
     read_prompt_logprobs,
 )
 from jaxserve.errors import ConfigError, InvalidRequest
@@ -284,14 +285,18 @@ class Scheduler:
         token, or nothing. The usual case makes no call: it runs for every sequence in every step.
         """
         special: dict[int, TokenUpdate | None] = {}
+        page_size = self._page_size
         for row, (request, token_id) in enumerate(zip(requests, reader.token_ids, strict=False)):
             output = request.output_token_ids
             if len(output) == request.num_plain_outputs or token_id in request.special_token_ids:
-                special[row] = None
-                if self._takes_result(request):
-                    end = positions[row] + 1
-                    special[row] = self._commit_token(request, end, reader, row, now_s)
-                continue
+                end = positions[row] + 1
+                if not only_fills_page(request, token_id, end, page_size):
+                    special[row] = None
+                    if self._takes_result(request):
+                        special[row] = self._commit_token(request, end, reader, row, now_s)
+                    continue
+                register_pages(self._state, request, end)
+                request.num_plain_outputs = min(len(output) + page_size, request.max_tokens - 1)
             request.num_in_flight_steps -= 1
             request.last_token_s = now_s
             output.append(token_id)

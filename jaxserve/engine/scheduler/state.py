@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from jaxserve.engine.pages import PageIntegrityError, PagePool
 from jaxserve.engine.request import Request
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.fair_shares import FairShares
 from jaxserve.engine.scheduler.waiting import QueueKey, WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeColumns:
+    """Of the decodes in a step; valid until a request leaves its slot."""
+
+    requests: Sequence[Request]
+    request_ids: tuple[str, ...]
+    slots: tuple[int, ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> DecodeColumns:
+        slots = cast("list[int]", [request.slot for request in requests])
+        return cls(requests, tuple([request.request_id for request in requests]), tuple(slots))
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +48,8 @@ class SchedulerState:
     """Running requests that have `masks`: where there are none, no step asks each for them."""
     num_speculating: int = 0
     """Running requests that have `speculation`."""
+    decode_columns: DecodeColumns | None = None
+    """Of the last step with decodes, for the next one with the same."""
     num_preemptions: int = 0
     num_drafts: int = 0
     """Checks of a draft whose results were taken in."""
@@ -103,6 +121,7 @@ class SchedulerState:
 
     def _leave_running(self, request: Request) -> None:
         del self.running[request.request_id]
+        self.decode_columns = None
         self.num_masked -= request.masks is not None
         self.num_speculating -= request.speculation is not None
 

@@ -104,3 +104,16 @@ def num_plain_outputs(request: Request, page_size: int) -> int:
         return num_output
     num_to_page_end = -request.num_tokens % page_size
     return min(num_output + num_to_page_end, request.max_tokens - 1)
+
+
+def only_fills_page(request: Request, token_id: int, end: int, page_size: int) -> bool:
+    """Whether a decode of the position before `end` completes a page and gives a token, which
+    comes next, and nothing else. One decode in `page_size` does."""
+    return (
+        end % page_size == 0
+        and token_id not in request.special_token_ids
+        and request.finish_reason is None
+        and len(request.output_token_ids) + 1 < request.max_tokens
+        and request.masks is None
+        and request.generation.sampling.logprobs is None
+    )

@@ -67,6 +67,8 @@ class WaitingQueue:
 
     @property
     def head(self) -> Request | None:
+        if not self._heaps:
+            return None
         entries = self._heads()
         if len(entries) > 1:
             service = self._shares.service()

@@ -65,6 +65,8 @@ class SlackGain:
     best_budget: int
     """The fixed budget with the highest; the automatic one unless another serves more, by more
     than the search's tolerance."""
+    sustained_qps: float
+    """What no order of work exceeds in a load without end; see `most_sustained_qps`."""
 
     @property
     def over_auto(self) -> float:

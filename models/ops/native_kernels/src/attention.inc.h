@@ -210,7 +210,13 @@ void attend_block(const Queries& rows, int64_t begin, int64_t end, const float* 
 
 inline void store_row(const AttentionJob& job, int64_t at, const float* sums, float total) {
   const float inverse = 1.0f / total;
-  for (int64_t d = 0; d < job.head_dim; ++d) {
+  int64_t d = 0;
+  for (; d + kLanes <= job.head_dim; d += kLanes) {
+    const V values = mul(load(sums + d), splat(inverse));
+    if (job.rows_are_bfloat16) store_bfloat16(static_cast<uint16_t*>(job.out) + at + d, values);
+    else store(static_cast<float*>(job.out) + at + d, values);
+  }
+  for (; d < job.head_dim; ++d) {
     const float value = sums[d] * inverse;
     if (job.rows_are_bfloat16)
       static_cast<uint16_t*>(job.out)[at + d] = jaxserve::float_to_bfloat16(value);

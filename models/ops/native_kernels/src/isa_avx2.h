@@ -9,6 +9,8 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kFloatRows = 3;
 constexpr int kIntRows = 4;
+constexpr int kPanelRows = 6, kPanelVectors = 2;  // of products of many rows: 12 accumulators
+constexpr int kManyRows = 16;  // from so many on, a product gains by panels
 constexpr int kQueryRows = 4, kScoreVectors = 2;  // of attention: 8 accumulators
 
 using V = __m256;
@@ -56,6 +58,17 @@ inline __m128i load_half(const void* p) {
 }
 inline V load_bfloat16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(p)), 16));
+}
+// As float_to_bfloat16 rounds.
+inline void store_bfloat16(uint16_t* p, V v) {
+  const VI bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+  const VI half = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+  const VI rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const VI quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const VI is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const VI wide = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  const VI narrow = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(narrow));
 }
 inline V load_float16(const uint8_t* p) { return _mm256_cvtph_ps(load_half(p)); }
 inline void load_pairs(const uint8_t* p, V& first, V& second) {

@@ -10,6 +10,8 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kFloatRows = 12;  // accumulators of 12 rows x 32 columns fill 24 of 32 registers
 constexpr int kIntRows = 8;
+constexpr int kPanelRows = 12, kPanelVectors = 2;  // of products of many rows: 24 accumulators
+constexpr int kManyRows = 48;  // from so many on, a product gains by panels
 constexpr int kQueryRows = 6, kScoreVectors = 4;  // of attention: 24 accumulators
 
 using V = __m512;
@@ -48,6 +50,16 @@ inline V power_of_two(V n) {
 inline V load_bfloat16(const uint16_t* p) {
   VI wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+// As float_to_bfloat16 rounds.
+inline void store_bfloat16(uint16_t* p, V v) {
+  const VI bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+  const VI half = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const VI rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const VI quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet)));
 }
 inline V load_float16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

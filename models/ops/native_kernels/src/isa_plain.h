@@ -3,11 +3,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace {
 
 constexpr int kLanes = 4;
 constexpr int kFloatRows = 1;
 constexpr int kIntRows = 1;
+constexpr int kPanelRows = 4, kPanelVectors = 2;  // of products of many rows
+constexpr int kManyRows = 8;  // from so many on, a product gains by panels
 constexpr int kQueryRows = 4, kScoreVectors = 1;  // of attention
 
 typedef float V __attribute__((vector_size(16)));
@@ -74,6 +78,9 @@ inline V load_bfloat16(const uint16_t* p) {
   V v;
   for (int i = 0; i < 4; ++i) v[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
   return v;
+}
+inline void store_bfloat16(uint16_t* p, V v) {
+  for (int i = 0; i < 4; ++i) p[i] = jaxserve::float_to_bfloat16(v[i]);
 }
 inline float half_to_float(uint16_t half) {
   uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;

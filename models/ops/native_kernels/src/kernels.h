@@ -9,7 +9,8 @@ struct LinearJob {
   int64_t kind;
   int64_t num_rows, num_in, num_out;
   const uint8_t* weights;
-  const float* x;             // float kinds
+  const float* x;             // float kinds, few rows
+  const float* tiles;         // float kinds, many rows: packed by pack_tile, num_in values a row
   const int8_t* codes;        // integer kinds: rounded to multiples of a group's scale
   const int16_t* wide_codes;  // the same, for products of 16 bits
   const float* scales;        // [rows][groups]
@@ -44,8 +45,12 @@ struct GateJob {
 
 struct Kernels {
   const char* name;
-  // One block of output columns, all rows.
-  void (*linear_block)(const LinearJob& job, int64_t block);
+  // One block of output columns, all rows. `scratch` holds panel_floats(...) if `tiles` are given.
+  void (*linear_block)(const LinearJob& job, int64_t block, float* scratch);
+  // Products of `many_rows` float rows and more take tiles of `panel_rows` each, the last one of
+  // the rest. `tile` becomes [num_in][num_rows].
+  int64_t many_rows, panel_rows;
+  void (*pack_tile)(const void* x, bool is_bfloat16, int64_t num_in, int64_t num_rows, float* tile);
   // One row's codes, scales and sums by groups of 32; codes past num_in are zero.
   void (*quantize_row)(const float* x, int64_t num_in, int8_t* codes, float* scales, int32_t* sums);
   // `num_rows` consecutive rows of one sequence, one KV head. `scratch` holds
@@ -67,6 +72,9 @@ static inline int64_t attention_scratch_floats(int64_t num_queries, int64_t head
   return (2 * kKeyBlock + kMaxLanes) * padded_dim(head_dim) +
          num_queries * (2 * padded_dim(head_dim) + kKeyBlock + 2);
 }
+
+// A block of columns in float32; of an odd number of inputs, bfloat16 weights have one more.
+static inline int64_t panel_floats(int64_t num_in) { return (num_in + 1) * 32; }
 
 extern const Kernels kPlain;
 #if defined(__x86_64__)

@@ -6,6 +6,8 @@
 #include "rows.inc.h"
 
 namespace jaxserve {
-extern const Kernels kAvx2 = {"avx2", linear_block, quantize_row, attend, gate_row, find_peak};
+extern const Kernels kAvx2 = {
+    "avx2", linear_block, kManyRows, kPanelRows, pack_tile,
+    quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve
 #endif

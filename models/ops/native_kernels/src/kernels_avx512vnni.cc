@@ -7,6 +7,8 @@
 #include "rows.inc.h"
 
 namespace jaxserve {
-extern const Kernels kAvx512Vnni = {"avx512vnni", linear_block, quantize_row, attend, gate_row, find_peak};
+extern const Kernels kAvx512Vnni = {
+    "avx512vnni", linear_block, kManyRows, kPanelRows, pack_tile,
+    quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve
 #endif

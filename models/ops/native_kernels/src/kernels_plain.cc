@@ -5,5 +5,7 @@
 #include "rows.inc.h"
 
 namespace jaxserve {
-extern const Kernels kPlain = {"plain", linear_block, quantize_row, attend, gate_row, find_peak};
+extern const Kernels kPlain = {
+    "plain", linear_block, kManyRows, kPanelRows, pack_tile,
+    quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve

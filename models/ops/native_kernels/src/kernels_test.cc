@@ -95,7 +95,7 @@ std::vector<float> multiply(const Kernels& kernels, const Weights& weights, cons
 }
 
 void test_linear(const Kernels& kernels, int64_t kind, int64_t num_in, int64_t num_out) {
-  const int64_t most_rows = 29;
+  const int64_t most_rows = 53;
   const Weights weights(kind, num_in, num_out);
   std::vector<float> x(most_rows * num_in);
   for (float& value : x) value = uniform();
@@ -117,8 +117,8 @@ void test_linear(const Kernels& kernels, int64_t kind, int64_t num_in, int64_t n
   }
   for (int64_t threads = 1; threads <= 3; ++threads) {
     set_num_threads(threads);
-    for (int64_t first = 0; first < most_rows; first += 3) {
-      for (int64_t rows : {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{13}}) {
+    for (int64_t first = 0; first < most_rows; first += 5) {
+      for (int64_t rows : {int64_t{1}, int64_t{2}, int64_t{13}, int64_t{50}}) {
         if (first + rows > most_rows) continue;
         const std::vector<float> some = multiply(kernels, weights, x.data() + first * num_in, rows);
         CHECK(std::memcmp(some.data(), all.data() + first * num_out, some.size() * 4) == 0,
@@ -126,6 +126,26 @@ void test_linear(const Kernels& kernels, int64_t kind, int64_t num_in, int64_t n
               static_cast<int>(first), static_cast<int>(rows), static_cast<int>(threads));
       }
     }
+  }
+}
+
+// Rows of bfloat16 give what the same values give as float32, rounded once; NaN stays NaN.
+void test_bfloat16_rows(const Kernels& kernels, int64_t kind, int64_t num_in, int64_t num_out) {
+  const Weights weights(kind, num_in, num_out);
+  for (int64_t rows : {1, 7, 12, 61}) {
+    std::vector<uint16_t> halves(rows * num_in), out(rows * num_out);
+    std::vector<float> floats(rows * num_in);
+    for (size_t i = 0; i < halves.size(); ++i) halves[i] = float_to_bfloat16(uniform());
+    halves[num_in - 1] = float_to_bfloat16(NAN);
+    for (size_t i = 0; i < halves.size(); ++i) floats[i] = bfloat16_to_float(halves[i]);
+    const std::vector<float> wanted = multiply(kernels, weights, floats.data(), rows);
+    linear(kernels, {kind, rows, num_in, num_out, halves.data(), true, weights.bytes.data(),
+                     out.data(), true});
+    for (size_t i = 0; i < out.size(); ++i)
+      CHECK(out[i] == float_to_bfloat16(wanted[i]), "%s kind %d: %d rows, value %d", kernels.name,
+            static_cast<int>(kind), static_cast<int>(rows), static_cast<int>(i));
+    for (int64_t n = 0; n < num_out; ++n)
+      CHECK(std::isnan(bfloat16_to_float(out[n])), "%s kind %d", kernels.name, static_cast<int>(kind));
   }
 }
 
@@ -238,6 +258,7 @@ int main() {
       test_linear(**at, kind, 71, 37);
       test_linear(**at, kind, 1, 1);
       test_linear(**at, kind, 33, 130);
+      test_bfloat16_rows(**at, kind, 65, 70);
       if (is_integer(kind)) test_integers_agree(**at, kind);
     }
     for (int64_t dim : {8, 64, 80})

@@ -13,16 +13,16 @@ using jaxserve::LinearJob;
 
 // Writes up to `kLanes` columns of one row.
 inline void store_columns(const LinearJob& job, int64_t row, int64_t column, V value) {
-  int64_t count = job.num_out - column;
+  const int64_t count = job.num_out - column;
   if (count <= 0) return;
   const int64_t at = row * job.num_out + column;
-  if (!job.out_is_bfloat16 && count >= kLanes) {
-    store(static_cast<float*>(job.out) + at, value);
+  if (count >= kLanes) {
+    if (job.out_is_bfloat16) store_bfloat16(static_cast<uint16_t*>(job.out) + at, value);
+    else store(static_cast<float*>(job.out) + at, value);
     return;
   }
   float lanes[kLanes];
   store(lanes, value);
-  if (count > kLanes) count = kLanes;
   if (job.out_is_bfloat16) {
     uint16_t* out = static_cast<uint16_t*>(job.out) + at;
     for (int64_t i = 0; i < count; ++i) out[i] = jaxserve::float_to_bfloat16(lanes[i]);
@@ -75,6 +75,81 @@ void float_tile(const LinearJob& job, const uint8_t* block, int64_t row, int64_t
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kVectors; ++v)
       store_columns(job, row + r, column + v * kLanes, sums[r][v]);
+}
+
+// The part of a block that stays in the caches while many rows meet it: float32 [num_in][32].
+const float* widen_block(const LinearJob& job, const uint8_t* block, float* panel) {
+  if (job.kind == jaxserve::kFloat32) return reinterpret_cast<const float*>(block);
+  constexpr int64_t columns = jaxserve::kFloatColumns;
+  for (int64_t k = 0; k < job.num_in; k += 2) {
+    for (int64_t at = 0; at < columns; at += kLanes) {
+      V first, second;
+      load_pairs(block + (k * columns + 2 * at) * 2, first, second);
+      store(panel + k * columns + at, first);
+      store(panel + (k + 1) * columns + at, second);
+    }
+  }
+  return panel;
+}
+
+// R rows, of which `x` holds [num_in][R].
+template <int R>
+void panel_tile(const LinearJob& job, const float* x, const float* panel, int64_t row, int64_t column) {
+  for (int64_t first = 0; first < jaxserve::kFloatColumns; first += kPanelVectors * kLanes) {
+    V sums[R][kPanelVectors];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kPanelVectors; ++v) sums[r][v] = zero();
+    const float* weights = panel + first;
+    for (int64_t k = 0; k < job.num_in; ++k) {
+      V loaded[kPanelVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kPanelVectors; ++v)
+        loaded[v] = load(weights + k * jaxserve::kFloatColumns + v * kLanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const V value = splat(x[k * R + r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kPanelVectors; ++v) sums[r][v] = fma(value, loaded[v], sums[r][v]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kPanelVectors; ++v)
+        store_columns(job, row + r, column + first + v * kLanes, sums[r][v]);
+  }
+}
+
+template <int R>
+void last_panel_tile(const LinearJob& job, const float* x, const float* panel, int64_t row,
+                     int64_t column) {
+  if (job.num_rows - row == R) panel_tile<R>(job, x, panel, row, column);
+  else if constexpr (R > 1) last_panel_tile<R - 1>(job, x, panel, row, column);
+}
+
+void panel_block(const LinearJob& job, const uint8_t* block, int64_t column, float* scratch) {
+  const float* panel = widen_block(job, block, scratch);
+  int64_t row = 0;
+  for (; row + kPanelRows <= job.num_rows; row += kPanelRows)
+    panel_tile<kPanelRows>(job, job.tiles + row * job.num_in, panel, row, column);
+  if (row < job.num_rows)
+    last_panel_tile<kPanelRows - 1>(job, job.tiles + row * job.num_in, panel, row, column);
+}
+
+void pack_tile(const void* x, bool is_bfloat16, int64_t num_in, int64_t num_rows, float* tile) {
+  constexpr int64_t kAtOnce = 64;  // inputs whose part of the tile stays in the L1 cache
+  for (int64_t from = 0; from < num_in; from += kAtOnce) {
+    const int64_t to = from + kAtOnce < num_in ? from + kAtOnce : num_in;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      if (is_bfloat16) {
+        const uint16_t* row = static_cast<const uint16_t*>(x) + r * num_in;
+        for (int64_t k = from; k < to; ++k) tile[k * num_rows + r] = jaxserve::bfloat16_to_float(row[k]);
+      } else {
+        const float* row = static_cast<const float*>(x) + r * num_in;
+        for (int64_t k = from; k < to; ++k) tile[k * num_rows + r] = row[k];
+      }
+    }
+  }
 }
 
 template <int R>
@@ -170,9 +245,10 @@ void tile(const LinearJob& job, const uint8_t* block, int64_t row, int64_t colum
   }
 }
 
-void linear_block(const LinearJob& job, int64_t index) {
+void linear_block(const LinearJob& job, int64_t index, float* scratch) {
   const uint8_t* block = job.weights + index * jaxserve::block_bytes(job.kind, job.num_in);
   const int64_t column = index * jaxserve::block_columns(job.kind);
+  if (job.tiles != nullptr) return panel_block(job, block, column, scratch);
   const int64_t most = jaxserve::is_integer(job.kind) ? kIntRows : kFloatRows;
   int64_t row = 0;
   while (row < job.num_rows) {

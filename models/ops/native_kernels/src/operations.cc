@@ -49,17 +49,34 @@ const float* as_floats(const LinearArgs& args) {
   return wide;
 }
 
+const float* pack_tiles(const Kernels& kernels, const LinearArgs& args, bool in_parallel) {
+  float* tiles = scratch<float, 7>(args.num_rows * args.num_in);
+  const uint8_t* x = static_cast<const uint8_t*>(args.x);
+  const int64_t row_bytes = args.num_in * (args.x_is_bfloat16 ? 2 : 4), height = kernels.panel_rows;
+  each((args.num_rows + height - 1) / height, in_parallel, [&](int64_t tile) {
+    const int64_t row = tile * height, count = std::min(height, args.num_rows - row);
+    kernels.pack_tile(x + row * row_bytes, args.x_is_bfloat16, args.num_in, count,
+                      tiles + row * args.num_in);
+  });
+  return tiles;
+}
+
 std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
 void linear(const Kernels& kernels, const LinearArgs& args) {
-  const float* x = as_floats(args);
-  LinearJob job{args.kind, args.num_rows, args.num_in,  args.num_out, args.weights,         x,
-                nullptr,   nullptr,       nullptr,      nullptr,      nullptr,
-                args.out,  args.out_is_bfloat16};
+  LinearJob job{};
+  job.kind = args.kind, job.weights = args.weights;
+  job.num_rows = args.num_rows, job.num_in = args.num_in, job.num_out = args.num_out;
+  job.out = args.out, job.out_is_bfloat16 = args.out_is_bfloat16;
   const bool in_parallel = args.num_rows * args.num_in * args.num_out >= kSmallWork;
-  if (is_integer(args.kind)) {
+  if (!is_integer(args.kind) && args.num_rows >= kernels.many_rows) {
+    job.tiles = pack_tiles(kernels, args, in_parallel);
+  } else if (!is_integer(args.kind)) {
+    job.x = as_floats(args);
+  } else {
+    const float* x = as_floats(args);
     const int64_t groups = num_groups(args.num_in);
     int8_t* codes = scratch<int8_t, 1>(args.num_rows * groups * kGroup);
     int16_t* wide_codes = scratch<int16_t, 5>(args.num_rows * groups * kGroup);
@@ -82,7 +99,9 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   const int64_t per_piece = std::max<int64_t>(1, blocks / (kPiecesPerThread * get_num_threads()));
   each((blocks + per_piece - 1) / per_piece, in_parallel, [&](int64_t piece) {
     const int64_t end = std::min(blocks, (piece + 1) * per_piece);
-    for (int64_t block = piece * per_piece; block < end; ++block) kernels.linear_block(job, block);
+    float* panel = job.tiles == nullptr ? nullptr : scratch<float, 8>(panel_floats(args.num_in));
+    for (int64_t block = piece * per_piece; block < end; ++block)
+      kernels.linear_block(job, block, panel);
   });
 }
 

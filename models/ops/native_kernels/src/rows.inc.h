@@ -39,13 +39,14 @@ void gate_row(const GateJob& job, int64_t row) {
     const bool is_whole = at < whole;
     const V value =
         is_whole ? gated(load_at, at, width, job.is_gelu) : gated(load_last, at, width, job.is_gelu);
-    if (is_whole && !job.is_bfloat16) {
-      store(static_cast<float*>(job.out) + row * width + at, value);
+    if (is_whole) {
+      if (job.is_bfloat16) store_bfloat16(static_cast<uint16_t*>(job.out) + row * width + at, value);
+      else store(static_cast<float*>(job.out) + row * width + at, value);
       continue;
     }
     float lanes[kLanes];
     store(lanes, value);
-    for (int64_t i = 0; i < kLanes && at + i < width; ++i) {
+    for (int64_t i = 0; at + i < width; ++i) {
       if (job.is_bfloat16)
         static_cast<uint16_t*>(job.out)[row * width + at + i] = jaxserve::float_to_bfloat16(lanes[i]);
       else

@@ -3,6 +3,7 @@
     python tools/soak.py                    # 10 minutes
     python tools/soak.py --hours 2 --json soak.json
     python tools/soak.py --seconds 120
+    python tools/soak.py --seconds 300 --overload-alone    # 30 s each of peak and overload
 
 Starts `jaxserve serve` with a model of random weights, then: 48 clients that keep it busy (the
 peak), five times what it can do (the overload), clients that read nothing, and twice 200 clients of
@@ -30,7 +31,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools.chaos.soak import Findings, Schedule, soak, worst
+from tools.chaos.phases import Findings
+from tools.chaos.soak import Schedule, soak, worst
 from tools.chaos.soaked_server import SoakedServer
 from tools.chaos.tiny_model import write_model
 from tools.chaos.verdicts import judge_log
@@ -42,6 +44,7 @@ def main() -> int:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, default=600.0, help="default: 600")
     length.add_argument("--hours", type=float)
+    parser.add_argument("--overload-alone", action="store_true", help="peak and overload alone")
     parser.add_argument("--seed", type=int, default=0, help="of what the clients do")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's log there")
@@ -59,7 +62,7 @@ def main() -> int:
         os.sched_setaffinity(0, clients)
         try:
             server.start()
-            findings = _run(server, schedule, arguments.seed)
+            findings = _run(server, schedule, arguments.seed, arguments.overload_alone)
         finally:
             server.close()
         findings.verdicts.append(judge_log(log.read_text(errors="replace")))
@@ -71,7 +74,7 @@ def main() -> int:
     return exit_code
 
 
-def _run(server: SoakedServer, schedule: Schedule, seed: int) -> Findings:
+def _run(server: SoakedServer, schedule: Schedule, seed: int, overload_alone: bool) -> Findings:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(
@@ -85,7 +88,7 @@ def _run(server: SoakedServer, schedule: Schedule, seed: int) -> Findings:
             if not console.is_terminal:
                 sys.stderr.write(f"{done_s:6.0f} s  {name}\n")
 
-        return asyncio.run(soak(server, schedule, on_phase, seed))
+        return asyncio.run(soak(server, schedule, on_phase, seed, overload_alone=overload_alone))
 
 
 def _print(findings: Findings) -> None:

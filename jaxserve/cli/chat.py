@@ -41,22 +41,24 @@ class Answerer(Protocol):
 
 
 class RemoteAnswerer:
-    """Asks a running server."""
+    """Asks a running server. `adapter` is empty for the model alone."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, adapter: str = "") -> None:
         self._client = client
+        self._adapter = adapter or None
 
     def answer(
         self, messages: Sequence[Message], settings: dict[str, Any]
     ) -> AbstractContextManager[Iterable[RequestOutput]]:
-        return self._client.generate(messages, **settings)
+        return self._client.generate(messages, adapter=self._adapter, **settings)
 
 
 class EmbeddedAnswerer:
-    """Asks an engine in this process."""
+    """Asks an engine in this process. `adapter` is empty for the model alone."""
 
-    def __init__(self, running: RunningEngine) -> None:
+    def __init__(self, running: RunningEngine, adapter: str = "") -> None:
         self._running = running
+        self._adapter = adapter
         self._num_answers = 0
 
     @contextlib.contextmanager
@@ -70,6 +72,7 @@ class EmbeddedAnswerer:
             request_id=request_id,
             prompt_token_ids=tuple(self._running.tokenizer.encode_chat(messages)),
             sampling=SamplingParams(**settings),
+            adapter=self._adapter,
         )
         added = self._running.engine.add(request, _QueueSink(outputs))
         try:
@@ -222,6 +225,14 @@ def chat(
         int | None,
         typer.Option(help="The same seed gives the same answers.", rich_help_panel=_CHAT),
     ] = None,
+    adapter: Annotated[
+        str,
+        typer.Option(
+            help="Name of one of --lora, or of one that the server of --server has loaded.",
+            show_default="none",
+            rich_help_panel=_CHAT,
+        ),
+    ] = "",
     stats: Annotated[
         bool,
         typer.Option("--stats", help="Show TTFT and TPOT of each answer.", rich_help_panel=_CHAT),
@@ -235,6 +246,7 @@ def chat(
     Examples:
         jaxserve chat
         jaxserve chat --server 127.0.0.1:50051 --stats
+        jaxserve chat --lora sql=adapters/sql --adapter sql
     """
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -246,19 +258,21 @@ def chat(
         "seed": seed,
     }
     check_options(settings)
-    with _answerer(engine_config, server) as answerer:
+    if adapter and server is None and adapter not in dict(engine_config.lora):
+        raise ConfigError(f"--adapter {adapter}: no --lora has this name")
+    with _answerer(engine_config, server, adapter) as answerer:
         talk(Conversation(answerer, settings, system=system, stats=stats))
 
 
 @contextlib.contextmanager
-def _answerer(engine_config: EngineConfig, server: str | None) -> Iterator[Answerer]:
+def _answerer(engine_config: EngineConfig, server: str | None, adapter: str) -> Iterator[Answerer]:
     if server is not None:
         from jaxserve.client import Client
 
         with Client(server) as client:
             if not client.is_serving():
                 raise ConfigError(f"no server is ready at {server}: start `jaxserve serve` first")
-            yield RemoteAnswerer(client)
+            yield RemoteAnswerer(client, adapter)
         return
     with local_engine(engine_config) as running:
-        yield EmbeddedAnswerer(running)
+        yield EmbeddedAnswerer(running, adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ class AdapterLoader:
     @property
     def names(self) -> AdapterNames:
         return self._engine.adapters
+
+    def num_open(self) -> Counter[str]:
+        """Requests that run or wait, by the name of their adapter."""
+        return self._engine.num_open_of_adapters()
 
     def load(self, name: str, folder: Path, shown_path: str | None = None) -> ServedAdapter:
         """Serve the adapter in `folder` as `name`, also if another one has this name.

@@ -36,6 +36,7 @@ class AdapterNames:
         self._free_or_held = range(1, num_places + 1)
         self._by_name: dict[str, ServedAdapter] = {}
         self._reserved: set[int] = set()
+        self._num_requests: dict[str, int] = {}
         # With it, no client can make the salt of an adapter's pages.
         self._secret = secrets.token_hex(16)
 
@@ -91,6 +92,7 @@ class AdapterNames:
         with self.lock:
             self._by_name.pop(adapter.name, None)
             self._by_name[adapter.name] = adapter
+            self._num_requests.setdefault(adapter.name, 0)
             self._reserved.discard(adapter.index)
 
     def remove(self, name: str) -> ServedAdapter:
@@ -98,7 +100,20 @@ class AdapterNames:
         with self.lock:
             adapter = self.get(name)
             del self._by_name[name]
+            del self._num_requests[name]
             return adapter
+
+    def count_request(self, name: str) -> None:
+        """A request for this name was taken, which may have been unloaded since."""
+        with self.lock:
+            if name in self._num_requests:
+                self._num_requests[name] += 1
+
+    def num_requests(self) -> dict[str, int]:
+        """Requests taken since the name was loaded, for each that is. As many as there are places
+        at most, whatever clients ask for."""
+        with self.lock:
+            return dict(self._num_requests)
 
     def cache_salt(self, adapter: ServedAdapter, own_salt: str) -> str:
         """Of the pages of requests with this adapter, which those of the same weights share."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from jaxserve.engine.grammar.masks import MaskWorker, RequestMasks
 from jaxserve.engine.loop import StepExecutor
 from jaxserve.engine.memory_recovery import MemoryRecovery
 from jaxserve.engine.metrics import EngineMetrics
-from jaxserve.engine.output import OutputProcessor
+from jaxserve.engine.output import OutputProcessor, OutputSink
 from jaxserve.engine.request import FinishReason, GenerationRequest, Request
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.scheduler.replica_scheduler import ReplicaScheduler
@@ -119,6 +120,18 @@ class Engine(EngineCore):
                 )
         if sampling.constraint is not None and request.grammar is None:
             self.grammars.compile(sampling.constraint)
+
+    def add(self, request: GenerationRequest, sink: OutputSink) -> Request:
+        """As `EngineCore.add`."""
+        record = super().add(request, sink)
+        if request.adapter:
+            self.adapters.count_request(request.adapter)
+        return record
+
+    def num_open_of_adapters(self) -> Counter[str]:
+        """Requests that run or wait, by the name of their adapter. From any thread."""
+        names = (request.generation.adapter for request in self._inbox.live())
+        return Counter(name for name in names if name)
 
     def adapters_in_use(self) -> set[int]:
         """Places of the adapters that live requests run on. From any thread."""

@@ -19,6 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 
 import jaxserve
+from jaxserve.engine.adapter_loader import AdapterLoader
 from jaxserve.engine.engine_core import EngineSnapshot
 from jaxserve.engine.metrics import Histogram
 from jaxserve.server.state import ModelCard, Phase, Refusal, ServerState, Serving
@@ -70,6 +71,8 @@ def _engine_metrics(serving: Serving) -> Iterator[Metric]:
     if load.num_pages_total:
         yield from _cache_metrics(load, card)
     yield from _weights_metrics(serving)
+    if serving.adapters is not None and serving.adapters.max_loras:
+        yield from _adapter_metrics(serving.adapters)
     yield _gauge("num_requests_running", "Requests in the running batch", load.num_running)
     yield _gauge("num_requests_waiting", "Requests in the queue", load.num_waiting)
     yield _gauge("num_tokens_waiting", "Prompt tokens in the queue", load.num_waiting_tokens)
@@ -123,6 +126,28 @@ def _weights_metrics(serving: Serving) -> Iterator[Metric]:
     yield _counter(
         "weight_swaps_refused", "Weights that were not taken: see the log", swaps.num_refused
     )
+
+
+def _adapter_metrics(adapters: AdapterLoader) -> Iterator[Metric]:
+    """Labels are the names of adapters that are loaded, of which there are `max_loras` at most."""
+    num_requests, num_open = adapters.names.num_requests(), adapters.num_open()
+    yield _gauge("adapters_loaded", "Adapters that requests can name", len(num_requests))
+    yield _gauge("adapters_room", "Adapters that there is room for", adapters.max_loras)
+    taken = CounterMetricFamily(
+        "jaxserve_adapter_requests",
+        "Requests taken for an adapter since it was loaded",
+        labels=["adapter"],
+    )
+    running = GaugeMetricFamily(
+        "jaxserve_adapter_requests_open",
+        "Requests for an adapter that run or wait",
+        labels=["adapter"],
+    )
+    for name, count in num_requests.items():
+        taken.add_metric([name], count)
+        running.add_metric([name], num_open[name])
+    yield taken
+    yield running
 
 
 def _cache_metrics(load: EngineSnapshot, card: ModelCard) -> Iterator[Metric]:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tools.chaos.at_rest import at_rest
 from tools.chaos.crowd import Crowd, Watch, whole_per_s
 from tools.chaos.nuisances import read_nothing
 from tools.chaos.questions import End, Questions
-from tools.chaos.soak import ask_alone, at_rest
+from tools.chaos.soak import ask_alone
 from tools.chaos.soaked_server import SoakedServer
 from tools.chaos.tiny_model import write_model
 

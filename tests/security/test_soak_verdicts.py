@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from tools.chaos.at_rest import AtRest
 from tools.chaos.crowd import Watch
 from tools.chaos.questions import NUM_OUTPUT_TOKENS, Answer, End, Questions
 from tools.chaos.soak import Schedule, worst
 from tools.chaos.soaked_server import Sample
 from tools.chaos.verdicts import (
-    AtRest,
     Outcome,
     Verdict,
     judge_log,

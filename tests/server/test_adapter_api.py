@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,19 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxserve.cli.adapters import app
+from jaxserve.cli.chat import Conversation, EmbeddedAnswerer, RemoteAnswerer
+from jaxserve.cli.chat import app as chat_app
 from jaxserve.client import Client
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.startup import RunningEngine, start_engine
-from jaxserve.errors import Forbidden, InvalidRequest, NoRoomForAdapter, NotFound, NotSupported
+from jaxserve.errors import (
+    ConfigError,
+    Forbidden,
+    InvalidRequest,
+    NoRoomForAdapter,
+    NotFound,
+    NotSupported,
+)
 from jaxserve.server.adapters import load_adapter
 from jaxserve.server.lifecycle import serving_of
 from models.loading import open_model
@@ -95,6 +106,58 @@ def no_adapters(deployment: Deployment) -> Iterator[None]:
     yield
     for one in deployment.admin.adapters().adapters:
         deployment.admin.unload_adapter(one.name)
+
+
+def test_metrics_tell_requests_of_each_adapter_that_is_loaded(deployment: Deployment) -> None:
+    def figures() -> dict[str, float]:
+        request = urllib.request.Request(
+            f"{deployment.http_url}/metrics", headers={"Authorization": f"Bearer {ADMIN}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            text = reply.read().decode()
+        found = re.findall(r"^jaxserve_(adapter\S+) (\S+)$", text, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    room = {"adapters_loaded": 0.0, "adapters_room": 1.0}
+    assert figures() == room
+    deployment.admin.load_adapter("sql", "sql")
+    deployment.text("sql")
+    deployment.text("sql")
+    deployment.text()
+    with pytest.raises(NotFound):
+        deployment.text("poem")
+    of_sql = {'adapter_requests_total{adapter="sql"}': 2.0}
+    running = 'adapter_requests_open{adapter="sql"}'
+    assert figures() == {"adapters_loaded": 1.0, "adapters_room": 1.0, running: 0.0} | of_sql
+    deployment.admin.load_adapter("sql", "sql")  # Taken anew, the name keeps its count.
+    assert figures().items() >= of_sql.items()
+    with deployment.user.generate("go", adapter="sql", max_tokens=40, ignore_eos=True) as deltas:
+        next(iter(deltas))
+        assert figures()[running] == 1.0
+    deployment.admin.unload_adapter("sql")
+    assert figures() == room
+
+
+@pytest.mark.parametrize("adapter", ["", "sql"])
+def test_chat_talks_with_an_adapter(deployment: Deployment, adapter: str) -> None:
+    deployment.admin.load_adapter("sql", "sql")
+    deltas = deployment.user.generate(
+        [{"role": "user", "content": "hi"}], adapter=adapter or None, **GREEDY
+    )
+    answer = "".join(delta.text for delta in deltas)
+    for answerer in (
+        RemoteAnswerer(deployment.user, adapter),
+        EmbeddedAnswerer(deployment.running, adapter),
+    ):
+        conversation = Conversation(answerer, GREEDY, system=None, stats=False)
+        conversation.ask("hi")
+        assert conversation.messages[-1] == {"role": "assistant", "content": answer}
+
+
+def test_chat_names_what_adapter_it_does_not_know() -> None:
+    result = CliRunner().invoke(chat_app, ["--adapter", "sql"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == "--adapter sql: no --lora has this name"
 
 
 def test_an_adapter_is_a_model_of_its_own_over_http(deployment: Deployment) -> None:

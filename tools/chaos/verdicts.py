@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from tools.chaos.at_rest import AtRest
 from tools.chaos.crowd import Watch
 from tools.chaos.questions import FLUSH_TOKENS, NUM_OUTPUT_TOKENS, Answer, End, Questions
 from tools.chaos.soaked_server import Sample
@@ -149,17 +150,6 @@ def judge_memory(life: str, samples: Sequence[Sample]) -> Verdict:
         f"<= {MAX_RSS_GROWTH_BYTES >> 20} MiB",
         growth <= MAX_RSS_GROWTH_BYTES,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class AtRest:
-    """What a server holds when nobody asks it anything."""
-
-    num_fds: int
-    num_tasks: int
-    num_pages_held: int
-    num_requests: int
-    num_compiles: int
 
 
 def judge_rest(life: str, before: AtRest, after: AtRest) -> list[Verdict]:

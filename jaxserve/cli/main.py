@@ -134,9 +134,9 @@ def user_message(error: Exception) -> str:
 
 def main() -> None:
     """Runs the command line. A user's mistake is one red line and exit code 2."""
-    # gRPC's core reads it when it is imported. What it logs below errors holds bytes that peers
-    # send, line ends too, so that anybody could forge lines of a server's log.
-    os.environ["GRPC_VERBOSITY"] = "ERROR"
+    # gRPC's core reads it when it is imported. Its log holds bytes that peers send, line ends too,
+    # so that anybody could forge lines of a server's log; Python has what goes wrong as errors.
+    os.environ["GRPC_VERBOSITY"] = "NONE"
     command = typer.main.get_command(app)
     try:
         command(prog_name="jaxserve")

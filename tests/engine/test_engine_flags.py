@@ -58,7 +58,6 @@ FLAGS = [
 REAL_FLAGS = [
     "--buckets 4,32 --dtype bfloat16 --page-size 7",
     "--policy vllm_v0 --max-model-len 512",
-    "--speculative-method ngram --num-speculative-tokens 7",
 ]
 """Those whose steps are other programs than the default ones."""
 

@@ -39,6 +39,7 @@ def run(policy: str, qps: float, *, scenario: str = "yi-34b-chat", num_requests:
     return simulate(experiment(scenario).engine(policy), workload.at(qps))
 
 
+@pytest.mark.long
 def test_capacity_ratios_of_yi_34b_strict() -> None:
     """Sarathi-Serve's headline: 3.7 times vLLM, 4.0 times Orca."""
     result = CliRunner().invoke(

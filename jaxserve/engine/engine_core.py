@@ -179,14 +179,17 @@ class EngineCore(ABC):
         self._inbox.send(errand)
         return errand.done
 
-    def drain(self, timeout_s: float) -> bool:
+    def drain(self, timeout_s: float, before_cut: Callable[[], object] | None = None) -> bool:
         """Takes no more requests and waits until all have ended.
 
-        Those left after `timeout_s` are cancelled and the answer is False.
+        Those left after `timeout_s` are cancelled, once `before_cut` was called, and the answer
+        is False.
         """
         self._inbox.refuse("the engine is shutting down: send the request elsewhere")
         if self._inbox.wait_until_none_live(timeout_s):
             return True
+        if before_cut is not None:
+            before_cut()
         self._inbox.end_all(FinishReason.CANCELLED)
         self._inbox.wait_until_none_live(STEP_END_TIMEOUT_S)
         return False

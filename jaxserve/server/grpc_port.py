@@ -15,6 +15,7 @@ from collections.abc import Callable
 import grpc.aio
 
 from jaxserve.errors import ConfigError
+from jaxserve.server.port_end import end_port
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +54,10 @@ class GrpcPort:
                 await self._restart()
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Takes no more calls; those that run have `grace_s`. Can be called twice."""
+        """Takes no more calls, and ends those that run: their clients see UNAVAILABLE. What was
+        written has `grace_s` to be read. Can be called twice."""
         self._stopping = True
+        await end_port(self.port, grace_s or 0.0)
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
     async def _is_refused(self) -> bool:

@@ -16,6 +16,7 @@ from jaxserve.server.access.door import Door
 from jaxserve.server.access.grpc_access import RequireAccess, check_rules
 from jaxserve.server.config import ServerConfig
 from jaxserve.server.control_servicer import ControlServicer
+from jaxserve.server.early_refusals import RefuseEarly
 from jaxserve.server.health import HealthReporter
 from jaxserve.server.inference_servicer import InferenceServicer
 from jaxserve.server.malformed import RefuseMalformed
@@ -64,7 +65,7 @@ def create_grpc_server(
     """
     server = grpc.aio.server(
         options=channel_options(config),
-        interceptors=(RequireAccess(door.ring, state), RefuseMalformed()),
+        interceptors=(RequireAccess(door.ring, state), RefuseEarly(state), RefuseMalformed()),
         maximum_concurrent_rpcs=config.max_concurrent_calls,
     )
     check_rules(file.services_by_name[name] for file, name in _SERVICES)

@@ -53,6 +53,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             pacing = convert.pacing(request, self._pacing)
             generation = await self._accept(request, serving, request_id, context)
             generation = self._door.claims.claim(tenant, generation, _trace_parent(context))
+            self._state.promises.make(context)
             await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
             await self._stream(generation, request_id, pacing, serving, context)
         except InvalidRequest as error:
@@ -183,6 +184,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             )
             for index, text in enumerate(texts)
         ]
+        self._state.promises.make(context)
         await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
         outputs = await serving.async_engine.complete_all(requests)
         await _end_unless_embedded(outputs, context, request_id)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc.aio
@@ -38,7 +39,10 @@ _T = TypeVar("_T")
 
 NUM_TOKENIZER_THREADS = 2
 FLUSH_GRACE_S = 5.0
-"""For streams to hand their last messages to the client."""
+"""For streams to hand their last messages to the client, when the time to drain is over."""
+CLOSE_GRACE_S = 1.0
+"""For clients to close connections on which nothing comes any more."""
+CUT_SHORT = "the server stopped before the answer was whole: send the request elsewhere"
 FILES_POLL_S = 1.0
 """How often the files of keys and certificates are looked at."""
 LOSS_NOTICE_S = 2.0
@@ -111,22 +115,34 @@ class Server:
         await self._health.refresh()
 
     async def drain(self) -> bool:
-        """Refuses new requests and lets running ones flow to their end.
+        """Refuses new requests and lets running ones flow to their end, which is when their
+        clients have been sent all of it.
 
         False when some had to be cut short after `drain_timeout_s`.
         """
         self.state.draining = True
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._config.drain_timeout_s
         await self._health.refresh()
         drained = True
         if self.state.serving is not None:
-            engine = self.state.serving.engine
-            drained = await asyncio.to_thread(engine.drain, self._config.drain_timeout_s)
-        await self.stop_listening()
-        return drained
+            serving = self.state.serving
+            # Before the engine cancels them, so that clients are told why.
+            cut = partial(loop.call_soon_threadsafe, serving.async_engine.lose, CUT_SHORT)
+            drain = partial(serving.engine.drain, before_cut=cut)
+            drained = await asyncio.to_thread(drain, self._config.drain_timeout_s)
+        return await self.stop_listening(max(FLUSH_GRACE_S, end_s - loop.time())) and drained
 
-    async def stop_listening(self) -> None:
-        """Refuses calls, and lets those that run hand over their last messages."""
-        await asyncio.gather(self._grpc.stop(FLUSH_GRACE_S), self._http.stop(grace_s=FLUSH_GRACE_S))
+    async def stop_listening(self, grace_s: float = FLUSH_GRACE_S) -> bool:
+        """Refuses requests, and lets those that were taken hand over their last messages.
+
+        False when some have not after `grace_s`.
+        """
+        handed_over = await asyncio.gather(
+            self.state.promises.wait(grace_s), self._http.stop(grace_s)
+        )
+        await self._grpc.stop(CLOSE_GRACE_S)
+        return all(handed_over)
 
     async def lose(self, why: str) -> None:
         """What steps need is gone: streams end as UNAVAILABLE with `why`, health is NOT_SERVING

@@ -21,6 +21,7 @@ from jaxserve.errors import (
     QueueFull,
     Unauthenticated,
 )
+from jaxserve.server.promises import Promises
 from jaxserve.server.prompt_limits import PromptLimits
 
 if TYPE_CHECKING:
@@ -164,6 +165,8 @@ class ServerState:
     draining: bool = False
     num_refused: dict[Refusal, int] = field(default_factory=lambda: dict.fromkeys(Refusal, 0))
     """Requests for text or embeddings that were not taken."""
+    promises: Promises = field(default_factory=Promises)
+    """Requests that were taken over gRPC."""
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:

@@ -266,7 +266,8 @@ def start_server_loop(**settings: Any) -> tuple[Server, asyncio.AbstractEventLoo
     """A server that answers on free ports, and the event loop it runs on."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    config = ServerConfig(grpc_port=0, http_port=0, drain_timeout_s=5.0, **settings)
+    settings = {"drain_timeout_s": 5.0} | settings
+    config = ServerConfig(grpc_port=0, http_port=0, **settings)
     server = asyncio.run_coroutine_threadsafe(_new_server(config), loop).result(timeout=10)
     return server, loop
 

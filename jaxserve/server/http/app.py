@@ -43,7 +43,7 @@ def make_app(
             service.answering(
                 partial(endpoint.handler, service),
                 access=endpoint.access,
-                counts_refusals=endpoint.asks_engine,
+                asks_engine=endpoint.asks_engine,
             ),
             methods=[endpoint.method],
         )

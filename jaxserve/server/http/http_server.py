@@ -22,6 +22,7 @@ from jaxserve.server.state import ServerState
 from jaxserve.server.tls import TlsKeeper
 
 BACKLOG = 1024
+FLUSH_POLL_S = 0.02
 
 
 class HttpServer:
@@ -93,24 +94,36 @@ class HttpServer:
             ssl_handshake_timeout=None if self._tls is None else self._config.http_head_timeout_s,
         )
 
-    async def stop(self, grace_s: float = 0.0) -> None:
+    async def stop(self, grace_s: float = 0.0) -> bool:
         """Takes no more connections; replies have `grace_s` to come to their end.
 
-        Can be called twice.
+        False when some had to be cut short. Can be called twice.
         """
         if self._server is None:
             self._socket.close()
-            return
+            return True
         self._server.close()
         if self._clock is not None:
             self._clock.cancel()
         for connection in tuple(self._connections.connections):
             connection.shutdown()
-        if self._connections.tasks and grace_s > 0:
-            await asyncio.wait(tuple(self._connections.tasks), timeout=grace_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while not self._all_handed_over():
+                    await asyncio.sleep(FLUSH_POLL_S)
+        is_whole = self._all_handed_over()
         await _cancelled(self._connections.tasks)
         for connection in tuple(self._connections.connections):
             connection.transport.abort()
+        return is_whole
+
+    def _all_handed_over(self) -> bool:
+        """Whether the kernel has all of every reply: one that is over may lie in this process until
+        its client takes it."""
+        return not self._connections.tasks and not any(
+            connection.transport.get_write_buffer_size()
+            for connection in self._connections.connections
+        )
 
     def _connection(self) -> BoundedConnection:
         return BoundedConnection(

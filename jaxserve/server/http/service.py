@@ -77,15 +77,14 @@ class HttpService:
         """The same, also while the server drains."""
         return _check_model(body, self.state.require_serving())
 
-    def answering(
-        self, handler: Handler, *, access: Access, counts_refusals: bool = False
-    ) -> Handler:
+    def answering(self, handler: Handler, *, access: Access, asks_engine: bool = False) -> Handler:
         """The handler, whose errors become replies and whose replies carry the request's id. It
         finds who asks in `request.state.tenant`.
 
         Args:
             access: who may ask.
-            counts_refusals: the handler asks for text or embeddings.
+            asks_engine: the handler asks for text or embeddings: it is not asked, and the body
+                not waited for, when the engine has no room. Its refusals are counted.
         """
 
         async def handle(request: Request) -> Response:
@@ -94,11 +93,13 @@ class HttpService:
                 request_id = _request_id(request)
                 request.state.request_id = request_id
                 request.state.tenant = self.tenant(request.scope, access)
+                if asks_engine:
+                    self.state.require_accepting()
                 response = await handler(request)
                 response.headers[REQUEST_ID_KEY] = request_id
                 return response
             except Exception as error:
-                if counts_refusals or isinstance(error, Forbidden):
+                if asks_engine or isinstance(error, Forbidden):
                     self.state.note_refusal(error)
                 return reply_to(error, request_id).response(request_id)
 

@@ -28,9 +28,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 class Tenant(BaseModel):
     """An entry of the keys file. A limit that is absent does not exist."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     name: str
     """In logs and metrics."""

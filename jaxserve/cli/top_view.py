@@ -37,6 +37,10 @@ def as_values(sample: Sample, window: LoadWindow) -> dict[str, Any]:
         ).items()
         if not isinstance(value, dict)  # Histograms: `window` tells what they say.
     }
+    load["adapters"] = [
+        {"name": one.name, "num_open": one.num_open, "num_requests": one.num_requests}
+        for one in sample.load.adapters
+    ]
     return {
         "server": {
             "state": state_name(sample.server.state),
@@ -98,6 +102,10 @@ def _now(sample: Sample) -> RenderableType:
     age = f"{load.last_step_age_s:.1f} s ago" if load.HasField("last_step_age_s") else "none yet"
     table.add_row("steps", f"{load.num_steps}", f"last one {age}")
     told = Text(f"{compiles} after READY", "red" if compiles else "green")
+    for adapter in load.adapters:
+        # Text, since rich reads markup in a string.
+        name = Text(f"adapter {adapter.name}", no_wrap=True, overflow="ellipsis")
+        table.add_row(name, f"{adapter.num_open} open", f"{adapter.num_requests} taken")
     table.add_row("compilations", f"{load.num_startup_compiles} at start", told)
     return table
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 # Not typing's: before Python 3.12 pydantic cannot read that one.
 from typing_extensions import TypedDict
 
 from jaxserve.engine import metrics
 from jaxserve.server.state import ServerState
+
+if TYPE_CHECKING:
+    from jaxserve.engine.adapter_loader import AdapterLoader
 
 
 class Histogram(TypedDict):
@@ -14,6 +19,14 @@ class Histogram(TypedDict):
     counts: list[int]
     """One more than bounds, not cumulative."""
     sum: float
+
+
+class AdapterLoad(TypedDict):
+    """Field by field the message of this name."""
+
+    name: str
+    num_open: int
+    num_requests: int
 
 
 class Load(TypedDict):
@@ -43,6 +56,7 @@ class Load(TypedDict):
     ttft_s: Histogram
     itl_s: Histogram
     queue_s: Histogram
+    adapters: list[AdapterLoad]
 
 
 def load_of(state: ServerState) -> Load:
@@ -74,7 +88,16 @@ def load_of(state: ServerState) -> Load:
         "ttft_s": _histogram(counted.time_to_first_token_seconds),
         "itl_s": _histogram(counted.inter_token_latency_seconds),
         "queue_s": _histogram(counted.request_queue_time_seconds),
+        "adapters": [] if serving.adapters is None else _adapters(serving.adapters),
     }
+
+
+def _adapters(adapters: AdapterLoader) -> list[AdapterLoad]:
+    num_open = adapters.num_open()
+    return [
+        {"name": name, "num_open": num_open[name], "num_requests": num_requests}
+        for name, num_requests in adapters.names.num_requests().items()
+    ]
 
 
 def _histogram(histogram: metrics.Histogram) -> Histogram:

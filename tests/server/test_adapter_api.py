@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 import urllib.request
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import openai
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jaxserve.cli.adapters import app
 from jaxserve.cli.chat import Conversation, EmbeddedAnswerer, RemoteAnswerer
 from jaxserve.cli.chat import app as chat_app
+from jaxserve.cli.top import take_sample
+from jaxserve.cli.top_view import as_values, screen
 from jaxserve.client import Client
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.startup import RunningEngine, start_engine
@@ -27,6 +31,7 @@ from jaxserve.errors import (
     NotFound,
     NotSupported,
 )
+from jaxserve.load_window import LoadWindow
 from jaxserve.server.adapters import load_adapter
 from jaxserve.server.lifecycle import serving_of
 from models.loading import open_model
@@ -185,6 +190,26 @@ def test_an_adapter_is_a_model_of_its_own_over_http(deployment: Deployment) -> N
             client.completions.create(model="sql", prompt="x")
     with pytest.raises(openai.NotFoundError, match="there are: none"):
         deployment.post(ADMIN, "/unload_lora_adapter", lora_name="sql")
+
+
+def test_the_load_tells_of_each_adapter_and_top_shows_it(deployment: Deployment) -> None:
+    assert not deployment.admin.load().adapters
+    deployment.admin.load_adapter("sql", "sql")
+    deployment.text("sql")
+    deployment.text("sql")
+    with deployment.user.generate("go", adapter="sql", max_tokens=40, ignore_eos=True) as deltas:
+        next(iter(deltas))
+        sample = take_sample(deployment.admin)
+    [told] = sample.load.adapters
+    assert (told.name, told.num_requests) == ("sql", 3)
+    window = LoadWindow.between(sample.load, sample.load, 1.0)
+    assert as_values(sample, window)["load"]["adapters"] == [
+        {"name": "sql", "num_open": told.num_open, "num_requests": 3}
+    ]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(screen(sample, window, []))
+    shown = console.export_text()
+    assert re.search(rf"adapter sql +{told.num_open} open +3 taken", shown), shown
 
 
 def test_adapters_over_grpc(deployment: Deployment) -> None:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fjaxserve/proto/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\x95\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fschema_revision\x18\x02 \x01(\r\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.jaxserve.v1.ServerState\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x17\n\x0fgenerate_fields\x18\x05 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\x9a\x03\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x14\n\x0ctoken_budget\x18\x0c \x01(\r\x12\x0f\n\x07\x62uckets\x18\r \x03(\r\x12\x0e\n\x06policy\x18\x0e \x01(\t\x12\x18\n\x10max_prompt_bytes\x18\x0f \x01(\r\x12\x0f\n\x07weights\x18\x10 \x01(\t\x12\x1b\n\x0e\x65mbedding_size\x18\x11 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_bos_token_idB\x11\n\x0f_embedding_size\"\x10\n\x0eGetLoadRequest\"\xc8\x05\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x16\n\x0enum_pages_free\x18\x04 \x01(\r\x12\x18\n\x10num_pages_cached\x18\x05 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1c\n\x0flast_step_age_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12 \n\x18num_compiles_after_ready\x18\n \x01(\x04\x12\x1c\n\x14num_startup_compiles\x18\x0b \x01(\x04\x12\x18\n\x10oldest_waiting_s\x18\x0c \x01(\x01\x12\x19\n\x11num_prompt_tokens\x18\r \x01(\x04\x12\x1d\n\x15num_generation_tokens\x18\x0e \x01(\x04\x12\x14\n\x0cnum_finished\x18\x0f \x01(\x04\x12\x13\n\x0bnum_refused\x18\x10 \x01(\x04\x12\x15\n\rnum_step_rows\x18\x11 \x01(\x04\x12\x17\n\x0fnum_step_tokens\x18\x12 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x13 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x14 \x01(\x04\x12&\n\x06step_s\x18\x15 \x01(\x0b\x32\x16.jaxserve.v1.Histogram\x12&\n\x06ttft_s\x18\x16 \x01(\x0b\x32\x16.jaxserve.v1.Histogram\x12%\n\x05itl_s\x18\x17 \x01(\x0b\x32\x16.jaxserve.v1.Histogram\x12\'\n\x07queue_s\x18\x18 \x01(\x0b\x32\x16.jaxserve.v1.HistogramB\x12\n\x10_last_step_age_s\">\n\tHistogram\x12\x14\n\x0cupper_bounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"L\n\x12LoadAdapterRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04path\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_nameB\x07\n\x05_path\"<\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.jaxserve.v1.Adapter\"2\n\x14UnloadAdapterRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"f\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.jaxserve.v1.Adapter\x12\x14\n\x0cmax_adapters\x18\x02 \x01(\r\x12\x10\n\x08max_rank\x18\x03 \x01(\r\"C\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t*\x94\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x19\n\x15SERVER_STATE_DEGRADED\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32\xfb\x03\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.jaxserve.v1.GetLoadRequest\x1a\x1c.jaxserve.v1.GetLoadResponse\x12P\n\x0bLoadAdapter\x12\x1f.jaxserve.v1.LoadAdapterRequest\x1a .jaxserve.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.jaxserve.v1.UnloadAdapterRequest\x1a\".jaxserve.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .jaxserve.v1.ListAdaptersRequest\x1a!.jaxserve.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fjaxserve/proto/v1/control.proto\x12\x0bjaxserve.v1\"\x16\n\x14GetServerInfoRequest\"\x95\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x17\n\x0fschema_revision\x18\x02 \x01(\r\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.jaxserve.v1.ServerState\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x17\n\x0fgenerate_fields\x18\x05 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\x9a\x03\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x11\n\tpage_size\x18\t \x01(\r\x12\x11\n\tnum_pages\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x14\n\x0ctoken_budget\x18\x0c \x01(\r\x12\x0f\n\x07\x62uckets\x18\r \x03(\r\x12\x0e\n\x06policy\x18\x0e \x01(\t\x12\x18\n\x10max_prompt_bytes\x18\x0f \x01(\r\x12\x0f\n\x07weights\x18\x10 \x01(\t\x12\x1b\n\x0e\x65mbedding_size\x18\x11 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_bos_token_idB\x11\n\x0f_embedding_size\"\x10\n\x0eGetLoadRequest\"\xf4\x05\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x16\n\x0enum_pages_free\x18\x04 \x01(\r\x12\x18\n\x10num_pages_cached\x18\x05 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12\x1c\n\x0flast_step_age_s\x18\t \x01(\x01H\x00\x88\x01\x01\x12 \n\x18num_compiles_after_ready\x18\n \x01(\x04\x12\x1c\n\x14num_startup_compiles\x18\x0b \x01(\x04\x12\x18\n\x10oldest_waiting_s\x18\x0c \x01(\x01\x12\x19\n\x11num_prompt_tokens\x18\r \x01(\x04\x12\x1d\n\x15num_generation_tokens\x18\x0e \x01(\x04\x12\x14\n\x0cnum_finished\x18\x0f \x01(\x04\x12\x13\n\x0bnum_refused\x18\x10 \x01(\x04\x12\x15\n\rnum_step_rows\x18\x11 \x01(\x04\x12\x17\n\x0fnum_step_tokens\x18\x12 \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x13 \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x14 \x01(\x04\x12&\n\x06step_s\x18\x15 \x01(\x0b\x32\x16.jaxserve.v1.Histogram\x12&\n\x06ttft_s\x18\x16 \x01(\x0b\x32\x16.jaxserve.v1.Histogram\x12%\n\x05itl_s\x18\x17 \x01(\x0b\x32\x16.jaxserve.v1.Histogram\x12\'\n\x07queue_s\x18\x18 \x01(\x0b\x32\x16.jaxserve.v1.Histogram\x12*\n\x08\x61\x64\x61pters\x18\x19 \x03(\x0b\x32\x18.jaxserve.v1.AdapterLoadB\x12\n\x10_last_step_age_s\"C\n\x0b\x41\x64\x61pterLoad\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08num_open\x18\x02 \x01(\r\x12\x14\n\x0cnum_requests\x18\x03 \x01(\x04\">\n\tHistogram\x12\x14\n\x0cupper_bounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"L\n\x12LoadAdapterRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04path\x18\x02 \x01(\tH\x01\x88\x01\x01\x42\x07\n\x05_nameB\x07\n\x05_path\"<\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.jaxserve.v1.Adapter\"2\n\x14UnloadAdapterRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"f\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.jaxserve.v1.Adapter\x12\x14\n\x0cmax_adapters\x18\x02 \x01(\r\x12\x10\n\x08max_rank\x18\x03 \x01(\r\"C\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04path\x18\x04 \x01(\t*\x94\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x16\n\x12SERVER_STATE_READY\x10\x02\x12\x19\n\x15SERVER_STATE_DEGRADED\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x32\xfb\x03\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.jaxserve.v1.GetServerInfoRequest\x1a\".jaxserve.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .jaxserve.v1.GetModelInfoRequest\x1a!.jaxserve.v1.GetModelInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.jaxserve.v1.GetLoadRequest\x1a\x1c.jaxserve.v1.GetLoadResponse\x12P\n\x0bLoadAdapter\x12\x1f.jaxserve.v1.LoadAdapterRequest\x1a .jaxserve.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.jaxserve.v1.UnloadAdapterRequest\x1a\".jaxserve.v1.UnloadAdapterResponse\x12S\n\x0cListAdapters\x12 .jaxserve.v1.ListAdaptersRequest\x1a!.jaxserve.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'jaxserve.proto.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVERSTATE']._serialized_start=1871
-  _globals['_SERVERSTATE']._serialized_end=2019
+  _globals['_SERVERSTATE']._serialized_start=1984
+  _globals['_SERVERSTATE']._serialized_end=2132
   _globals['_GETSERVERINFOREQUEST']._serialized_start=48
   _globals['_GETSERVERINFOREQUEST']._serialized_end=70
   _globals['_GETSERVERINFORESPONSE']._serialized_start=73
@@ -44,23 +44,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADREQUEST']._serialized_start=660
   _globals['_GETLOADREQUEST']._serialized_end=676
   _globals['_GETLOADRESPONSE']._serialized_start=679
-  _globals['_GETLOADRESPONSE']._serialized_end=1391
-  _globals['_HISTOGRAM']._serialized_start=1393
-  _globals['_HISTOGRAM']._serialized_end=1455
-  _globals['_LOADADAPTERREQUEST']._serialized_start=1457
-  _globals['_LOADADAPTERREQUEST']._serialized_end=1533
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=1535
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=1595
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1597
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1647
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1649
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1672
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1674
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1695
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1697
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1799
-  _globals['_ADAPTER']._serialized_start=1801
-  _globals['_ADAPTER']._serialized_end=1868
-  _globals['_CONTROL']._serialized_start=2022
-  _globals['_CONTROL']._serialized_end=2529
+  _globals['_GETLOADRESPONSE']._serialized_end=1435
+  _globals['_ADAPTERLOAD']._serialized_start=1437
+  _globals['_ADAPTERLOAD']._serialized_end=1504
+  _globals['_HISTOGRAM']._serialized_start=1506
+  _globals['_HISTOGRAM']._serialized_end=1568
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1570
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1646
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1648
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1708
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1710
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1760
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1762
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1785
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1787
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1808
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1810
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1912
+  _globals['_ADAPTER']._serialized_start=1914
+  _globals['_ADAPTER']._serialized_end=1981
+  _globals['_CONTROL']._serialized_start=2135
+  _globals['_CONTROL']._serialized_end=2642
 # @@protoc_insertion_point(module_scope)

@@ -86,7 +86,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_pages_free", "num_pages_cached", "num_pages_total", "num_preemptions", "num_steps", "last_step_age_s", "num_compiles_after_ready", "num_startup_compiles", "oldest_waiting_s", "num_prompt_tokens", "num_generation_tokens", "num_finished", "num_refused", "num_step_rows", "num_step_tokens", "prefix_cache_queries", "prefix_cache_hits", "step_s", "ttft_s", "itl_s", "queue_s")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_pages_free", "num_pages_cached", "num_pages_total", "num_preemptions", "num_steps", "last_step_age_s", "num_compiles_after_ready", "num_startup_compiles", "oldest_waiting_s", "num_prompt_tokens", "num_generation_tokens", "num_finished", "num_refused", "num_step_rows", "num_step_tokens", "prefix_cache_queries", "prefix_cache_hits", "step_s", "ttft_s", "itl_s", "queue_s", "adapters")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class GetLoadResponse(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     ITL_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
@@ -135,7 +136,18 @@ class GetLoadResponse(_message.Message):
     ttft_s: Histogram
     itl_s: Histogram
     queue_s: Histogram
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., last_step_age_s: _Optional[float] = ..., num_compiles_after_ready: _Optional[int] = ..., num_startup_compiles: _Optional[int] = ..., oldest_waiting_s: _Optional[float] = ..., num_prompt_tokens: _Optional[int] = ..., num_generation_tokens: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_refused: _Optional[int] = ..., num_step_rows: _Optional[int] = ..., num_step_tokens: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., step_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., itl_s: _Optional[_Union[Histogram, _Mapping]] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterLoad]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_pages_free: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., last_step_age_s: _Optional[float] = ..., num_compiles_after_ready: _Optional[int] = ..., num_startup_compiles: _Optional[int] = ..., oldest_waiting_s: _Optional[float] = ..., num_prompt_tokens: _Optional[int] = ..., num_generation_tokens: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_refused: _Optional[int] = ..., num_step_rows: _Optional[int] = ..., num_step_tokens: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., step_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., itl_s: _Optional[_Union[Histogram, _Mapping]] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterLoad, _Mapping]]] = ...) -> None: ...
+
+class AdapterLoad(_message.Message):
+    __slots__ = ("name", "num_open", "num_requests")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_OPEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_open: int
+    num_requests: int
+    def __init__(self, name: _Optional[str] = ..., num_open: _Optional[int] = ..., num_requests: _Optional[int] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("upper_bounds", "counts", "sum")

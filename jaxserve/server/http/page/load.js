@@ -25,6 +25,7 @@ const CHARTS = [
 
 const server = document.getElementById("server");
 const note = document.getElementById("load-note");
+const adapters = document.getElementById("adapters");
 let reports = []; // The last ones, oldest first.
 let asking = false;
 let refused = false; // An answer that asks for another key stays the same until there is one.
@@ -102,6 +103,9 @@ function show(answer, at) {
   server.textContent =
     `${answer.model} (${answer.family}), ${answer.state}, jaxserve ${answer.version}`;
   const now = answer.load;
+  adapters.textContent = now.adapters
+    .map((one) => `${one.name}: ${one.num_open} open, ${one.num_requests} taken`).join("\n");
+  adapters.hidden = !now.adapters.length;
   const restarted = reports.length > 0 && now.num_steps < reports.at(-1).load.num_steps;
   if (restarted) reports = [];
   if (reports.length > 0) {

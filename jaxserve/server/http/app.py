@@ -12,12 +12,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.engine.failure_log import log_failure
-from jaxserve.errors import JaxserveError, Unauthenticated
+from jaxserve.errors import (
+    Forbidden,
+    InvalidRequest,
+    JaxserveError,
+    NotAccepting,
+    QueueFull,
+    Unauthenticated,
+)
 from jaxserve.server.access.policy import Access
 from jaxserve.server.http.endpoints import ENDPOINTS
 from jaxserve.server.http.errors import HttpRefusal, reply_to
 from jaxserve.server.http.openapi import openapi
-from jaxserve.server.http.service import HttpService
+from jaxserve.server.http.service import HttpService, request_id_of
 from jaxserve.server.http.web_page import page_routes
 
 _log = logging.getLogger(__name__)
@@ -43,7 +50,7 @@ def make_app(
             service.answering(
                 partial(endpoint.handler, service),
                 access=endpoint.access,
-                asks_engine=endpoint.asks_engine,
+                counts_refusals=endpoint.asks_engine,
             ),
             methods=[endpoint.method],
         )
@@ -63,6 +70,8 @@ def _nowhere(_: Request, error: Exception) -> Response:
 
 
 _OPEN_PATHS = frozenset(one.path for one in ENDPOINTS if one.access is Access.OPEN)
+_WORK = {(one.method, one.path): one.access for one in ENDPOINTS if one.asks_engine}
+"""Who may ask the engine for work, by method and path."""
 
 
 class _Gate:
@@ -91,12 +100,13 @@ class _Gate:
         refusal: JaxserveError | None = self._refusal(scope)
         if refusal is None and scope["path"] not in self._open_paths:
             try:
-                self._service.tenant(scope, Access.ANY_KEY)
-            except Unauthenticated as error:
+                self._check_key_and_room(scope)
+            except (Unauthenticated, Forbidden, NotAccepting, QueueFull) as error:
                 self._service.state.note_refusal(error)
                 refusal = error
         if refusal is not None:
-            await reply_to(refusal, "-").response("-")(scope, receive, send)
+            request_id = _id_for_refusal(scope)
+            await reply_to(refusal, request_id).response(request_id)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
@@ -104,6 +114,13 @@ class _Gate:
             # uvicorn ends the connection. It would log the exception's text, so it logs nothing.
             log_failure(_log, "an HTTP request failed outside its handler", error)
             raise
+
+    def _check_key_and_room(self, scope: Scope) -> None:
+        """Before the body is read and a route is looked for: what is refused must cost little."""
+        work = _WORK.get((scope["method"], scope["path"]))
+        self._service.tenant(scope, Access.ANY_KEY if work is None else work)
+        if work is not None:
+            self._service.state.require_accepting()
 
     def _refusal(self, scope: Scope) -> HttpRefusal | None:
         num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
@@ -120,6 +137,13 @@ class _Gate:
                     403, "foreign_host", "host", "is not a name of this server (--allowed-host)"
                 )
         return None
+
+
+def _id_for_refusal(scope: Scope) -> str:
+    try:
+        return request_id_of(Request(scope))
+    except InvalidRequest:
+        return "-"
 
 
 def host_name(host: str) -> str:

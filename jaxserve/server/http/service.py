@@ -77,29 +77,28 @@ class HttpService:
         """The same, also while the server drains."""
         return _check_model(body, self.state.require_serving())
 
-    def answering(self, handler: Handler, *, access: Access, asks_engine: bool = False) -> Handler:
+    def answering(
+        self, handler: Handler, *, access: Access, counts_refusals: bool = False
+    ) -> Handler:
         """The handler, whose errors become replies and whose replies carry the request's id. It
         finds who asks in `request.state.tenant`.
 
         Args:
             access: who may ask.
-            asks_engine: the handler asks for text or embeddings: it is not asked, and the body
-                not waited for, when the engine has no room. Its refusals are counted.
+            counts_refusals: the handler asks for text or embeddings.
         """
 
         async def handle(request: Request) -> Response:
             request_id = "-"
             try:
-                request_id = _request_id(request)
+                request_id = request_id_of(request)
                 request.state.request_id = request_id
                 request.state.tenant = self.tenant(request.scope, access)
-                if asks_engine:
-                    self.state.require_accepting()
                 response = await handler(request)
                 response.headers[REQUEST_ID_KEY] = request_id
                 return response
             except Exception as error:
-                if asks_engine or isinstance(error, Forbidden):
+                if counts_refusals or isinstance(error, Forbidden):
                     self.state.note_refusal(error)
                 return reply_to(error, request_id).response(request_id)
 
@@ -126,7 +125,7 @@ def adapter_of(body: ModelField, serving: Serving) -> str:
     return "" if body.model in (None, serving.card.name) else str(body.model)
 
 
-def _request_id(request: Request) -> str:
+def request_id_of(request: Request) -> str:
     """The client's, else a new one. Raises InvalidRequest."""
     given = request.headers.get(REQUEST_ID_KEY)
     return uuid.uuid4().hex if given is None else check_request_id(given, REQUEST_ID_KEY)

@@ -23,6 +23,10 @@ import numpy.typing as npt
 
 Params = dict[str, Any]
 
+INITIAL_LENGTH = 0.25
+"""Mean length of the first embeddings. Vectors are scaled to length one in the end, so it decides
+only how far a step of Adam turns them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BagConfig:
@@ -53,14 +57,15 @@ def init_params(
         config: the shape.
         key: of the random ones.
         table: word embeddings to start from, float32[V, at least D]: their D principal components,
-            scaled to a mean length of one; None: random ones.
+            scaled; None: random ones.
     """
     width, hidden = config.width, config.hidden
     embed_key, up_key = jax.random.split(key)
     if table is None:
         embed = jax.random.normal(embed_key, (config.vocab_size, width)) / np.sqrt(width)
+        embed = INITIAL_LENGTH * embed
     else:
-        embed = jnp.asarray(principal_components(table, width))
+        embed = jnp.asarray(np.float32(INITIAL_LENGTH) * principal_components(table, width))
     return {
         "embed": embed,
         "mlp": {

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,37 @@ from jaxserve.engine.compilation import use_compilation_cache
 from jaxserve.model_store import default_root
 from jaxserve.xc.dataset import XcDataset
 from tools.xc_study.baselines import run_baselines
-from tools.xc_study.plan import METHODS, Plan
+from tools.xc_study.plan import Plan
 from tools.xc_study.report import read_records, tables
 from tools.xc_study.runs import run_classifiers, run_encoder
 
 CLASSIFIED = "ngame"
 """The method whose encoders get classifiers."""
+CLASSIFIERS = f"classifiers-{CLASSIFIED}"
+PHASES = (
+    ("random", "tas", "ngame", "ngame_centroid"),
+    (CLASSIFIERS, "ance"),
+    ("ngame_curriculum", "ngame_stale"),
+)
+"""What is run first, for all seeds, and what after it."""
 
 
 def run_missing(plan: Plan, methods: list[str], num_seeds: int) -> None:
-    """Runs what has no record yet, seed by seed."""
+    """Runs what has no record yet, phase by phase and seed by seed."""
     if not (plan.out / "raw" / "tfidf_10nn.json").is_file():
         for name, record in run_baselines(XcDataset(plan.data)).items():
             _keep(plan, name, lambda record=record: record)  # type: ignore[misc]
-    for seed in range(num_seeds):
-        for method in methods:
-            _keep(plan, f"{method}-{seed}", lambda: run_encoder(plan, method, seed))  # noqa: B023
-            if method == CLASSIFIED:
-                name = f"classifiers-{method}-{seed}"
-                _keep(plan, name, lambda: run_classifiers(plan, method, seed))  # noqa: B023
+    for phase in PHASES:
+        for seed in range(num_seeds):
+            for method in phase:
+                if method in methods:
+                    _keep(plan, f"{method}-{seed}", partial(_run, plan, method, seed))
+
+
+def _run(plan: Plan, method: str, seed: int) -> dict[str, Any]:
+    if method == CLASSIFIERS:
+        return run_classifiers(plan, CLASSIFIED, seed)
+    return run_encoder(plan, method, seed)
 
 
 def _keep(plan: Plan, name: str, run: Callable[[], dict[str, Any]]) -> None:
@@ -63,7 +76,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--classifier-epochs", type=int, default=20)
     parser.add_argument("--loss", choices=("triplet", "softmax"), default="triplet")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    every = [method for phase in PHASES for method in phase]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--report", action="store_true", help="only print the tables")
     options = parser.parse_args()
     use_compilation_cache(default_root() / "xla")

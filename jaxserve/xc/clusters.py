@@ -1,8 +1,9 @@
 """Balanced clusters of points, by splitting in half again and again (NGAME, section 4.2 and code).
 
 A split runs 2-means on the sphere: points are ordered by how much nearer they are to one centre
-than to the other, and the first half goes to it, until the mean similarity stops to grow. All
-groups of a level are split by one program: they have m or m - 1 points, so a matrix holds them.
+than to the other, and the first half goes to it, until the mean similarity stops to grow. Centres
+of a large group are found on a sample of it. One program splits all groups of a level, however many
+there are, so the work is N log N and nothing is compiled twice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from jax import lax
 
 MAX_ROUNDS = 10
 MIN_GAIN = 1e-4
+SAMPLE_SIZE = 256
+"""Most points of a group that its centres are found on."""
+GROUP_BATCH = 8
+"""Groups whose centres are looked for at once."""
+POINT_BLOCK = 4096
+"""Points that are compared with centres at once."""
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -54,101 +61,135 @@ def balanced_clusters(vectors: jax.Array, levels: int, seed: int) -> Int32Array:
         seed: of the first centres.
     """
     num_points = vectors.shape[0]
-    members = jnp.arange(num_points, dtype=jnp.int32)[None]
-    sizes = cluster_sizes(num_points, 0)
+    most_groups = -(-(1 << max(levels - 1, 0)) // GROUP_BATCH) * GROUP_BATCH
+    members = np.arange(num_points, dtype=np.int32)
     for level in range(levels):
+        sizes = cluster_sizes(num_points, level)
+        groups = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        padded = np.zeros((2, most_groups), np.int32)
+        padded[:, : len(sizes)] = np.cumsum(sizes) - sizes, sizes
         key = jax.random.fold_in(jax.random.key(seed), level)
-        members = _split(vectors, members, jnp.asarray(sizes, jnp.int32), key)
-        sizes = cluster_sizes(num_points, level + 1)
-    table = np.asarray(members)
-    return np.asarray(table[np.arange(table.shape[1]) < sizes[:, None]], np.int32)
+        within = _Groups(padded[0], padded[1], np.int32(len(sizes)))
+        nearer = np.asarray(_nearer_to_first(vectors, members, groups, within, key))
+        # Groups stay in order, and so do points that are as near.
+        members = members[np.lexsort((-nearer, groups))]
+    return members
 
 
-class _Split(NamedTuple):
-    """How groups are split: places in order and whether each goes to the first half, [groups, m];
-    the mean similarity with its centre, [groups]."""
+class _Groups(NamedTuple):
+    """Where each group begins and how many points it has, int32[most]; how many groups count."""
 
-    order: jax.Array
-    is_left: jax.Array
-    similarity: jax.Array
+    starts: jax.Array | npt.NDArray[np.int32]
+    sizes: jax.Array | npt.NDArray[np.int32]
+    num_groups: jax.Array | np.int32
 
 
 @jax.jit
-def _split(vectors: jax.Array, members: jax.Array, sizes: jax.Array, key: jax.Array) -> jax.Array:
-    """Two groups of each: int32[groups, m] to int32[2 groups, (m + 1) // 2].
+def _nearer_to_first(
+    vectors: jax.Array, members: jax.Array, group_of: jax.Array, groups: _Groups, key: jax.Array
+) -> jax.Array:
+    """How much nearer each place's point is to the first centre of its group: float32[N].
 
     Args:
         vectors: float32[N, D].
-        members: of each group its points, then a place that counts for nothing if it has m - 1.
-        sizes: int32[groups].
+        members: int32[N], group after group.
+        group_of: int32[N], of each place.
+        groups: of this level.
         key: of the first centres.
     """
-    groups, width = members.shape
-    is_member = jnp.arange(width) < sizes[:, None]
-    points = vectors[members]
-    left_sizes = (sizes + 1) // 2
-    order = _order(points, is_member, left_sizes, _first_centres(points, sizes, key))
-    half = (width + 1) // 2
-    places = jnp.arange(half)
-    left = jnp.broadcast_to(places, (groups, half))
-    right = jnp.minimum(left_sizes[:, None] + places, width - 1)
-    both = jnp.stack([left, right], axis=1).reshape(groups, 2 * half)
-    ordered = jnp.take_along_axis(members, order, axis=1)
-    return jnp.take_along_axis(ordered, both, axis=1).reshape(2 * groups, half)
+    most = groups.starts.shape[0]
+    draws = jax.random.uniform(key, (most, 2))
+    find = jax.vmap(_axis, in_axes=(None, None, 0, 0, 0))
 
-
-def _first_centres(points: jax.Array, sizes: jax.Array, key: jax.Array) -> jax.Array:
-    """Two different points of each group, float32[groups, 2, D]."""
-    draws = jax.random.uniform(key, (sizes.shape[0], 2))
-    first = jnp.minimum((draws[:, 0] * sizes).astype(jnp.int32), sizes - 1)
-    others = jnp.maximum(sizes - 1, 1)
-    step = 1 + jnp.minimum((draws[:, 1] * others).astype(jnp.int32), others - 1)
-    places = jnp.stack([first, (first + step) % sizes], axis=1)
-    return jnp.take_along_axis(points, places[..., None], axis=1)
-
-
-def _order(
-    points: jax.Array, is_member: jax.Array, left_sizes: jax.Array, centres: jax.Array
-) -> jax.Array:
-    """Places of each group's points, those of the first half first: int32[groups, m]."""
-    counts = is_member.sum(axis=1)
-    ranks = jnp.broadcast_to(jnp.arange(points.shape[1]), is_member.shape)
-    rows = jnp.arange(points.shape[0])[:, None]
-
-    def order_by(centres: jax.Array) -> _Split:
-        similarities = jnp.einsum("gmd,gcd->gmc", points, centres)
-        nearer = jnp.where(is_member, similarities[..., 0] - similarities[..., 1], -jnp.inf)
-        order = jnp.argsort(-nearer, axis=1, stable=True)
-        # The rank of each place, by the inverse permutation: a second sort would cost as much.
-        is_left = jnp.zeros_like(ranks).at[rows, order].set(ranks) < left_sizes[:, None]
-        own = jnp.where(is_left, similarities[..., 0], similarities[..., 1])
-        return _Split(order, is_left, jnp.where(is_member, own, 0.0).sum(axis=1) / counts)
-
-    def centres_of(is_left: jax.Array) -> jax.Array:
-        weights = jnp.stack([is_left & is_member, ~is_left & is_member], axis=-1)
-        sums = jnp.einsum("gmc,gmd->gcd", weights.astype(jnp.float32), points)
-        norms = jnp.sqrt((sums * sums).sum(axis=-1, keepdims=True))
-        return sums / jnp.maximum(norms, 1e-12)
-
-    def is_growing(state: tuple[jax.Array, _Split, jax.Array]) -> jax.Array:
-        turn, _, gain = state
-        return (turn < MAX_ROUNDS) & jnp.any(gain > MIN_GAIN)
-
-    def improve(
-        state: tuple[jax.Array, _Split, jax.Array],
-    ) -> tuple[jax.Array, _Split, jax.Array]:
-        turn, old, gain = state
-        new = order_by(centres_of(old.is_left))
-        # Each group stops by itself, so that no group depends on another.
-        goes_on = gain > MIN_GAIN
-        kept = _Split(
-            jnp.where(goes_on[:, None], new.order, old.order),
-            jnp.where(goes_on[:, None], new.is_left, old.is_left),
-            jnp.where(goes_on, new.similarity, old.similarity),
+    def find_some(number: jax.Array, axes: jax.Array) -> jax.Array:
+        first = number * GROUP_BATCH
+        some = (
+            lax.dynamic_slice_in_dim(one, first, GROUP_BATCH)
+            for one in (jnp.asarray(groups.starts), jnp.asarray(groups.sizes), draws)
         )
-        return turn + 1, kept, jnp.where(goes_on, new.similarity - old.similarity, 0.0)
+        found = find(vectors, members, *some)
+        return lax.dynamic_update_slice_in_dim(axes, found, first, axis=0)
 
-    first = order_by(centres)
-    start = (jnp.zeros((), jnp.int32), first, jnp.full_like(first.similarity, jnp.inf))
-    found: _Split = lax.while_loop(is_growing, improve, start)[1]
-    return found.order
+    num_batches = (groups.num_groups + GROUP_BATCH - 1) // GROUP_BATCH
+    axes = jnp.zeros((most, vectors.shape[1]), jnp.float32)
+    axes = lax.fori_loop(0, num_batches, find_some, axes)
+    nearer: jax.Array = lax.map(
+        lambda place: vectors[members[place]] @ axes[group_of[place]],
+        jnp.arange(members.shape[0]),
+        batch_size=POINT_BLOCK,
+    )
+    return nearer
+
+
+class _Search(NamedTuple):
+    """2-means of a group: the difference of its centres, float32[D], the points' mean similarity
+    with their own, what the last round added to it, and the rounds done."""
+
+    axis: jax.Array
+    similarity: jax.Array
+    gain: jax.Array
+    num_rounds: jax.Array
+
+
+def _axis(
+    vectors: jax.Array, members: jax.Array, start: jax.Array, size: jax.Array, draws: jax.Array
+) -> jax.Array:
+    """The difference of a group's two centres, float32[D].
+
+    Args:
+        vectors: float32[N, D].
+        members: int32[N], group after group.
+        start: int32[], the group's first place.
+        size: int32[], how many it has.
+        draws: float32[2], 0 to 1, of the first two centres.
+    """
+    places = jnp.arange(SAMPLE_SIZE)
+    count = jnp.clip(size, 1, SAMPLE_SIZE)
+    is_member = places < count
+    # The sample lies at equal distances.
+    taken = start + places * jnp.maximum(size // SAMPLE_SIZE, 1)
+    points = vectors[members[jnp.where(is_member, taken, 0)]] * is_member[:, None]
+    total = is_member.astype(jnp.float32) @ points
+    first = jnp.minimum((draws[0] * count).astype(jnp.int32), count - 1)
+    others = jnp.maximum(count - 1, 1)
+    step = 1 + jnp.minimum((draws[1] * others).astype(jnp.int32), others - 1)
+
+    def improved(state: _Search) -> _Search:
+        nearer = jnp.where(is_member, points @ state.axis, -jnp.inf)
+        is_left = _are_largest(nearer, (count + 1) // 2)
+        left = is_left.astype(jnp.float32) @ points
+        right = total - left
+        left_norm, right_norm = jnp.sqrt(left @ left), jnp.sqrt(right @ right)
+        axis = left / jnp.maximum(left_norm, 1e-12) - right / jnp.maximum(right_norm, 1e-12)
+        # The similarities of a half's points with its centre add up to the length of their sum.
+        similarity = (left_norm + right_norm) / count
+        return _Search(axis, similarity, similarity - state.similarity, state.num_rounds + 1)
+
+    begin = _Search(
+        points[first] - points[(first + step) % count],
+        jnp.float32(-jnp.inf),
+        jnp.float32(jnp.inf),
+        jnp.zeros((), jnp.int32),
+    )
+    found: _Search = lax.while_loop(
+        lambda state: (state.num_rounds < MAX_ROUNDS) & (state.gain > MIN_GAIN), improved, begin
+    )
+    return found.axis
+
+
+def _are_largest(values: jax.Array, count: jax.Array) -> jax.Array:
+    """Marks the `count` largest of float32[n], and those equal to the last of them: bool[n].
+
+    By bisection over bits: for few values a sort takes ten times as long.
+    """
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # Unsigned numbers in the order of the values.
+    keys = jnp.where(bits >= sign, ~bits, bits | sign)
+
+    def with_bit(number: jax.Array, least: jax.Array) -> jax.Array:
+        tried = least | (sign >> number.astype(jnp.uint32))
+        return jnp.where((keys >= tried).sum(dtype=jnp.int32) >= count, tried, least)
+
+    are_largest: jax.Array = keys >= lax.fori_loop(0, 32, with_bit, jnp.uint32(0))
+    return are_largest

@@ -198,15 +198,15 @@ class Sampler:
         self, state: State, points: jax.Array, embeddings: Embeddings
     ) -> Int32Array:
         """The `pool` labels that score highest for each cluster's centre, int32[rows, pool]."""
-        of_point = self._cluster_of_point(state)
-        num_clusters = int(of_point.max()) + 1
-        centres = np.zeros((num_clusters, points.shape[1]), np.float32)
-        np.add.at(centres, of_point, np.asarray(points))
+        # Clusters are never empty, and a state's points lie cluster after cluster.
+        sizes = cluster_sizes(self.num_points, int(state[LEVELS]))
+        starts = np.cumsum(sizes) - sizes
+        centres = np.add.reduceat(np.asarray(points)[state[GROUPED]], starts, axis=0)
         centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
         labels = embeddings.labels()
         mined = np.full((self._mined_rows, self.config.pool), NO_LABEL, np.int32)
         _, found = retrieve(centres, labels, min(self.config.pool, labels.shape[0]))
-        mined[:num_clusters, : found.shape[1]] = found
+        mined[: len(centres), : found.shape[1]] = found
         return mined
 
     def _centre_labels(self, state: State, ids: Int64Array) -> Int32Array:

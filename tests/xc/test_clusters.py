@@ -48,15 +48,23 @@ def test_the_seed_decides_and_nothing_else() -> None:
     assert first.tolist() != balanced_clusters(vectors, 3, 6).tolist()
 
 
-def test_well_separated_groups_are_found() -> None:
+# 400 points a group: centres are found on a sample, since a level has up to 1600 a group.
+@pytest.mark.parametrize("num_each", [16, 400])
+def test_well_separated_groups_are_found(num_each: int) -> None:
     centres = np.eye(4, 8, dtype=np.float32)
-    labels = np.repeat(np.arange(4), 16)
+    labels = np.repeat(np.arange(4), num_each)
     rng = np.random.default_rng(0)
-    noisy = centres[labels] + 0.01 * rng.normal(size=(64, 8)).astype(np.float32)
-    shuffled = rng.permutation(64)
-    members = balanced_clusters(jnp.asarray(noisy[shuffled], jnp.float32), 2, 1)
-    found = labels[shuffled][members].reshape(4, 16)
+    noise = rng.normal(size=(len(labels), 8)).astype(np.float32)
+    shuffled = rng.permutation(len(labels))
+    vectors = (centres[labels] + 0.01 * noise)[shuffled]
+    members = balanced_clusters(jnp.asarray(vectors, jnp.float32), 2, 1)
+    found = labels[shuffled][members].reshape(4, num_each)
     assert all(len(set(row)) == 1 for row in found.tolist())
+
+
+def test_equal_vectors_keep_their_order() -> None:
+    members = balanced_clusters(jnp.ones((13, 8), jnp.float32), 3, 0)
+    assert members.tolist() == list(range(13))
 
 
 def test_each_device_finds_the_same() -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from checkpoint.formats.gguf_q8_0 import NotFinite, Q8Encoder
+from checkpoint.formats.gguf_q8_0 import MIN_COMPILED_ELEMENTS, NotFinite, Q8Encoder
 
 PLAIN_DTYPES: Mapping[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -26,8 +26,6 @@ WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 """Types that can be written: the `gguf` package has no encoder for the K-quants."""
 ELEMENTS_AT_A_TIME = 1 << 20
 """Blocks are coded for this many elements at a time, so that temporaries stay small."""
-CACHED_ELEMENTS = 1 << 16
-"""So few that the temporaries stay in the processor's cache."""
 
 
 def row_bytes(num_elements: int, kind: GGMLQuantizationType) -> int:
@@ -48,18 +46,27 @@ def decode_rows(
     return out
 
 
+def encoder_for(kind: GGMLQuantizationType | None, num_elements: int) -> Q8Encoder | None:
+    """What encodes so many elements faster than the `gguf` package; for one thread at a time."""
+    is_faster = kind is GGMLQuantizationType.Q8_0 and num_elements >= MIN_COMPILED_ELEMENTS
+    return Q8Encoder() if is_faster else None
+
+
 def encode_rows(
-    values: npt.NDArray[Any], kind: GGMLQuantizationType, out: npt.NDArray[np.uint8]
+    values: npt.NDArray[Any],
+    kind: GGMLQuantizationType,
+    out: npt.NDArray[np.uint8],
+    encoder: Q8Encoder | None = None,
 ) -> None:
-    """`[rows, elements]` of any floating dtype to `uint8[rows, bytes]`. Raises NotFinite."""
-    row_elements = values.shape[-1]
-    if kind is GGMLQuantizationType.Q8_0:
-        step = max(1, CACHED_ELEMENTS // row_elements)
-        encoder = Q8Encoder(min(step, len(values)) * row_elements)
-        for start in range(0, len(values), step):
-            block = np.ascontiguousarray(values[start : start + step], np.float32)
-            encoder.encode(block.reshape(-1), out[start : start + step].reshape(-1))
+    """`[rows, elements]` of any floating dtype to `uint8[rows, bytes]`. Raises NotFinite.
+
+    Args:
+        encoder: one of `encoder_for` of this kind.
+    """
+    if encoder is not None:
+        encoder.encode(values, out)
         return
+    row_elements = values.shape[-1]
     step = max(1, ELEMENTS_AT_A_TIME // row_elements)
     for start in range(0, len(values), step):
         block = np.ascontiguousarray(values[start : start + step], np.float32)

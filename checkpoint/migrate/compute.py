@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint.formats.gguf_blocks import ELEMENTS_AT_A_TIME, encode_rows
-from checkpoint.formats.gguf_q8_0 import NotFinite
+from checkpoint.formats.gguf_blocks import ELEMENTS_AT_A_TIME, encode_rows, encoder_for
+from checkpoint.formats.gguf_q8_0 import CALL_ELEMENTS, NotFinite, Q8Encoder
 from checkpoint.migrate.errors import MigrationError
 from checkpoint.migrate.parts import PartSource
 from checkpoint.migrate.plan import (
@@ -19,6 +19,7 @@ from checkpoint.migrate.plan import (
     PlannedPart,
     Window,
     block_rows,
+    is_as_read,
     is_copied,
     num_rows,
 )
@@ -47,11 +48,7 @@ def compute_window(window: Window, source: PartSource, buffer: Bytes) -> Array:
     """
     array, part = window.array, window.part
     if array.quantization is not None:
-        row_bytes = window.num_bytes // max(1, window.stop - window.start)
-        for piece in _pieces(window, source):
-            first, last = piece.start - window.start, piece.stop - window.start
-            encoded = buffer[first * row_bytes : last * row_bytes]
-            _encode_into(encoded, _transformed(piece, source), array)
+        _encode(window, source, buffer)
         return buffer
     shape = (window.stop - window.start, *part.shape[1:]) if part.shape else ()
     out = buffer.view(DTYPES[array.dtype]).reshape(shape)
@@ -60,21 +57,40 @@ def compute_window(window: Window, source: PartSource, buffer: Bytes) -> Array:
     elif block_rows(part, source) is not None:
         _fill_columns(window, source, out)
     else:
-        for piece in _pieces(window, source):
+        for piece in _pieces(window, source, PIECE_BYTES):
             made = out[piece.start - window.start : piece.stop - window.start] if shape else out
             _cast_into(made, _transformed(piece, source), array.name)
     return out
 
 
-def _pieces(window: Window, source: PartSource) -> Iterator[Window]:
-    """The window, cut into some of about `PIECE_BYTES` if that can be."""
+def _encode(window: Window, source: PartSource, out: Bytes) -> None:
+    array, part = window.array, window.part
+    dtype = source.dtype(part.source)
+    rows = window.stop - window.start
+    row_bytes = window.num_bytes // max(1, rows)
+    encoder = encoder_for(array.quantization, rows * prod(part.shape[1:]))
+    is_read_there = dtype == np.float32 and is_as_read(part)
+    piece_bytes = PIECE_BYTES if encoder is None else CALL_ELEMENTS * dtype.itemsize
+    for piece in _pieces(window, source, piece_bytes):
+        room = None
+        if is_read_there and encoder is not None:
+            room = encoder.room((piece.stop - piece.start, *part.shape[1:]))
+        if room is not None:
+            _read_into(part, source, _index(piece, source), room)
+        values = _transformed(piece, source) if room is None else room
+        first, last = piece.start - window.start, piece.stop - window.start
+        _encode_into(out[first * row_bytes : last * row_bytes], values, array, encoder)
+
+
+def _pieces(window: Window, source: PartSource, piece_bytes: int) -> Iterator[Window]:
+    """The window, cut into some of about `piece_bytes` if that can be."""
     array, part = window.array, window.part
     is_cut = part.can_be_cut and not part.swaps_axes and source.can_cut
     if not is_cut or part.index:  # Of one layer among many, only all rows lie together.
         yield window
         return
     bytes_a_row = prod(part.shape[1:]) * source.dtype(part.source).itemsize
-    wanted = PIECE_BYTES // max(1, bytes_a_row)
+    wanted = piece_bytes // max(1, bytes_a_row)
     step = max(1, wanted // part.row_alignment) * part.row_alignment
     for start in range(window.start, window.stop, step):
         yield Window(array, window.part_index, start, min(start + step, window.stop))
@@ -161,11 +177,13 @@ def _cast_into(out: Array, values: Array, name: str) -> None:
             )
 
 
-def _encode_into(buffer: Bytes, values: Array, array: PlannedArray) -> None:
+def _encode_into(
+    buffer: Bytes, values: Array, array: PlannedArray, encoder: Q8Encoder | None
+) -> None:
     assert array.quantization is not None
     rows = values.reshape(-1, values.shape[-1])
     try:
-        encode_rows(rows, array.quantization, buffer.reshape(len(rows), -1))
+        encode_rows(rows, array.quantization, buffer.reshape(len(rows), -1), encoder)
     except NotFinite as error:
         raise MigrationError(
             f"{array.name} holds NaN or infinity, which cannot be quantised"

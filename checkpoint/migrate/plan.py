@@ -14,6 +14,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from checkpoint.formats.gguf_blocks import row_bytes
+from checkpoint.formats.gguf_q8_0 import ENCODER_BYTES
 from checkpoint.migrate.errors import MigrationError
 from checkpoint.migrate.parts import PartSource
 from checkpoint.name_table import IDENTITY, Transform
@@ -225,8 +226,12 @@ class Plan:
 
 def is_copied(array: PlannedArray, part: PlannedPart, source: PartSource) -> bool:
     """Whether the target has the source's bytes in their order."""
-    is_same = part.to_leaf.name == part.to_file.name and part.low_rank is None
-    return is_same and source.stored_dtype(part.source) == array.dtype
+    return is_as_read(part) and source.stored_dtype(part.source) == array.dtype
+
+
+def is_as_read(part: PlannedPart) -> bool:
+    """Whether the source's values are the target's, in their order."""
+    return part.to_leaf.name == part.to_file.name and part.low_rank is None
 
 
 def block_rows(part: PlannedPart, source: PartSource) -> int | None:
@@ -266,6 +271,8 @@ def _passing_bytes(window: Window, source: PartSource) -> int:
     read = 0
     if rows is not None:
         read = rows * (window.stop - window.start) * source.dtype(part.source).itemsize
+    if window.array.quantization is GGMLQuantizationType.Q8_0:
+        read += ENCODER_BYTES
     return source.extra_bytes(part.source) + read
 
 

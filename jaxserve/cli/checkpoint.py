@@ -162,6 +162,8 @@ def convert(
     Examples: jaxserve checkpoint convert model.gguf folder --to safetensors,
     jaxserve checkpoint convert folder small.gguf --to gguf --quantization Q8_0
     """
+    import jax
+
     from jaxserve.migration.convert import plan_conversion
     from jaxserve.migration.logits import LogitsCheck
     from jaxserve.migration.request import ConversionRequest
@@ -182,7 +184,9 @@ def convert(
     )
     limits = _limits(memory_budget, num_workers, read_back, force=force, restart=restart)
     check = None
-    if verify is not None:
+    if verify is None:
+        jax.config.update("jax_platforms", "cpu")  # A server may have all of an accelerator.
+    else:
         check = LogitsCheck.from_options(prompts, max_kl, lora)
     with (
         _exit_codes(),

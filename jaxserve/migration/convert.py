@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint.formats.gguf_q8_0 import program as q8_0_program
 from checkpoint.migrate.manifest import MigrationManifest
 from checkpoint.migrate.plan import NUM_BEING_WRITTEN, max_in_flight
 from checkpoint.migrate.run import Limits, Migration, OnProgress, migrate, peak_memory_bytes
@@ -82,6 +83,8 @@ def plan_conversion(
             `make_migration` and `max_in_flight`.
     """
     _check_apart(path, request.target)
+    if memory_bytes is not None and request.quantization == "Q8_0":
+        q8_0_program()  # What it takes is then part of what is taken.
     request = replace(request, window_bytes=_window_bytes(memory_bytes))
     with _opened(path, request.config) as source:
         _check_apart(source.model.path, request.target)  # Another one, if `path` has adapters.

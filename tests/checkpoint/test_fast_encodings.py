@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from gguf.quants import quantize
 
-from checkpoint.formats.gguf_blocks import encode_rows, row_bytes
-from checkpoint.formats.gguf_q8_0 import NotFinite
+from checkpoint.formats.gguf_blocks import encode_rows, encoder_for, row_bytes
+from checkpoint.formats.gguf_q8_0 import CALL_ELEMENTS, MIN_COMPILED_ELEMENTS, NotFinite
 from checkpoint.migrate.casts import cast_into
 
 
@@ -80,14 +80,25 @@ def test_no_numbers_are_cast() -> None:
     assert one == 1.5
 
 
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+
+
 def encoded(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     out = np.empty((len(values), row_bytes(values.shape[1], kind)), np.uint8)
-    encode_rows(values, kind, out)
+    encode_rows(values, kind, out, encoder_for(kind, values.size))
     return out
 
 
+def check_q8_0(values: np.ndarray) -> None:
+    """Bytes as the package's."""
+    assert values.size >= MIN_COMPILED_ELEMENTS
+    with np.errstate(all="ignore"):
+        wanted = quantize(values.astype(np.float32), Q8_0)
+    np.testing.assert_array_equal(encoded(values, Q8_0), wanted)
+
+
 def numbers_for_q8_0() -> np.ndarray:
-    """Weights, ties, zeros of both signs, scales that overflow or vanish, and any bits at all."""
+    """Weights, ties and their neighbours, zeros of both signs, scales that overflow."""
     random = np.random.default_rng(0)
     values = random.normal(0, 0.02, (67, 2048)).astype(np.float32)
     values[:8] = random.integers(-254, 255, (8, 2048)) / 2  # Ties.
@@ -96,31 +107,73 @@ def numbers_for_q8_0() -> np.ndarray:
         beside = np.nextafter(values[row], np.float32(side))
         values[row] = np.where(np.arange(2048) % 32, beside, 127)
     values[8:10] = [[0.0], [-0.0]]
-    for row, scale in enumerate((1e-37, 1e-39, 1e-43, 1e37)):
-        values[10 + row] *= scale
-    some_bits = random.integers(1 << 32, size=(8, 2048), dtype=np.uint32).view(np.float32)
-    values[20:28] = np.where(np.isfinite(some_bits), some_bits, 0)
+    values[10] *= 1e37
+    values[11:19, 1::32] = 1e-45  # Subnormal, among others that are not.
     return values
 
 
 @pytest.mark.parametrize("width", [2048, 32, 67 * 2048])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_q8_0_is_the_gguf_packages(width: int, dtype: type) -> None:
-    kind = gguf.GGMLQuantizationType.Q8_0
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+    with np.errstate(over="ignore"):
         values = numbers_for_q8_0().reshape(-1, width).astype(dtype)
+    values[~np.isfinite(values)] = 0
+    check_q8_0(values)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-37, 1e-39, 1e-43])
+def test_q8_0_of_scales_that_vanish_is_the_gguf_packages(scale: float) -> None:
+    values = numbers_for_q8_0()
+    values[20:40] *= np.float32(scale)
+    check_q8_0(values)
+
+
+def test_q8_0_of_any_bits_is_the_gguf_packages() -> None:
+    """Of blocks with numbers of all sizes, and of such whose numbers are of one size."""
+    random = np.random.default_rng(2)
+    bits = random.integers(1 << 32, size=(64, 2048), dtype=np.uint32).view(np.float32)
+    check_q8_0(np.where(np.isfinite(bits), bits, 0))
+    sizes = 2.0 ** random.integers(-108, 120, (8192, 1))
+    check_q8_0((random.uniform(-1, 1, (8192, 32)) * sizes).astype(np.float32))
+
+
+def test_q8_0_of_every_short_float_is_the_gguf_packages() -> None:
+    shorts = np.random.default_rng(3).permutation(1 << 16).astype(np.uint16)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        values = shorts.view(dtype).astype(np.float32)
         values[~np.isfinite(values)] = 0
-        wanted = quantize(values.astype(np.float32), kind)
-        np.testing.assert_array_equal(encoded(values, kind), wanted)
+        check_q8_0(values.reshape(-1, 32))  # All sizes in a block.
+        check_q8_0(np.sort(values).reshape(-1, 64))
 
 
-@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
+def test_q8_0_of_more_than_a_call_takes_is_the_gguf_packages() -> None:
+    values = np.random.default_rng(4).normal(0, 0.02, (3, CALL_ELEMENTS // 2)).astype(np.float32)
+    check_q8_0(values)
+    check_q8_0(values.reshape(1, -1))
+    check_q8_0(values.reshape(-1, 96).T[:32])
+
+
+def test_q8_0_of_the_encoders_own_memory_is_the_gguf_packages() -> None:
+    encoder = encoder_for(Q8_0, CALL_ELEMENTS)
+    assert encoder is not None
+    assert encoder.room((CALL_ELEMENTS // 32 + 1, 32)) is None
+    room = encoder.room((100, 1024))
+    assert room is not None
+    room[:] = np.random.default_rng(5).normal(0, 0.02, room.shape)
+    wanted = quantize(room, Q8_0)
+    out = np.empty((100, row_bytes(1024, Q8_0)), np.uint8)
+    encode_rows(room, Q8_0, out, encoder)
+    np.testing.assert_array_equal(out, wanted)
+
+
+@pytest.mark.parametrize("width", [64, MIN_COMPILED_ELEMENTS])
+@pytest.mark.parametrize("kind", [Q8_0, gguf.GGMLQuantizationType.Q4_1])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [(0, 0), (1, 31), (2, 63)])
 def test_what_is_not_finite_is_refused(
-    kind: gguf.GGMLQuantizationType, bad: float, place: tuple[int, int]
+    kind: gguf.GGMLQuantizationType, width: int, bad: float, place: tuple[int, int]
 ) -> None:
-    values = np.zeros((3, 64), np.float32)
+    values = np.zeros((3, width), np.float32)
     values[place] = bad
     with pytest.raises(NotFinite):
         encoded(values, kind)

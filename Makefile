@@ -54,13 +54,15 @@ demo: native-if-possible ## Serve the default model, stream an answer over gRPC,
 	$(BIN)/python tools/demo.py
 
 # A file's tests stay together: many share a fixture that is dear to make.
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# In the order of their names: the plugin's own order puts long files of few tests last.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 
 test: lint typecheck ## Lint, types and the fast tests
 	$(PYTEST)
 
 test-long: $(STAMP) ## The tests that take minutes
-	$(PYTEST) --no-loadscope-reorder -m long --timeout 900
+	$(PYTEST) -m long --timeout 900
 
 test-soak: $(STAMP) ## Long forms of tests that `make test` has
 	$(PYTEST) -m soak --timeout 1800

@@ -8,13 +8,8 @@ from time import perf_counter
 
 from jaxserve.engine.executor import Executor
 from jaxserve.engine.profile import LIMIT_S, measure_steps
-from jaxserve.engine.scheduler.budget import (
-    TBT_MARGIN,
-    SlackBudget,
-    StepBudget,
-    TimeBudget,
-    choose_token_budget,
-)
+from jaxserve.engine.scheduler.auto_budget import auto_token_budget
+from jaxserve.engine.scheduler.budget import TBT_MARGIN, SlackBudget, StepBudget, TimeBudget
 from jaxserve.engine.scheduler.config import SchedulerConfig
 from jaxserve.engine.scheduler.policies import Policy, make_policy
 from jaxserve.engine.scheduler.policies.slack import SlackPolicy
@@ -72,20 +67,9 @@ def _for_replicas(
 def _with_token_budget(
     config: SchedulerConfig, cost: StepCost, tbt_s: float, num_measured_rows: int
 ) -> SchedulerConfig:
-    """The largest measured bucket as token budget whose step keeps the
-    objective with every slot decoding at half of the longest context and a
-    chunk at the end of it: a step that comes with each long prompt."""
-    half = config.max_model_len // 2
-    in_pool = config.num_pages * config.page_size
-    token_budget = choose_token_budget(
-        cost,
-        tbt_s,
-        [rows for rows in config.buckets if rows <= num_measured_rows],
-        num_decodes=config.max_num_seqs,
-        decode_context=min(config.max_num_seqs * half, in_pool),
-        chunk_start=config.max_model_len,
-        margin=TBT_MARGIN,
-    )
+    """The largest measured bucket as token budget that keeps the objective."""
+    measured = [rows for rows in config.buckets if rows <= num_measured_rows]
+    token_budget = auto_token_budget(config, cost, tbt_s, measured, margin=TBT_MARGIN)
     buckets = tuple(rows for rows in config.buckets if rows <= token_budget)
     return replace(config, token_budget=token_budget, buckets=buckets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,17 +106,28 @@ def compare(
     return Comparison(by_policy, num_probes)
 
 
-def probe(engine: SimEngine, workload: Workload, objective: Objective, qps: float) -> Probe:
-    """Runs the workload at a rate; gives up as soon as the objective is lost."""
-    num_gaps = sum(lengths.num_output_tokens - 1 for lengths in workload.lengths)
+def probe(
+    engine: SimEngine,
+    workload: Workload,
+    objective: Objective,
+    qps: float,
+    *,
+    until_s: float = math.inf,
+) -> Probe:
+    """Runs the workload at a rate, up to `until_s`; gives up as soon as the objective is lost."""
+    requests = [request for request in workload.at(qps) if request.arrival_s < until_s]
+    if not requests:
+        raise ValueError(f"nothing arrives within {until_s:g} s at {qps:g} requests per second")
+    num_gaps = sum(request.lengths.num_output_tokens - 1 for request in requests)
     # One more than a percentile that interpolates could leave aside.
     most_stalls = int(0.01 * num_gaps) + 1
-    most_late = len(workload.lengths) // 2 + 1
+    most_late = len(requests) // 2 + 1
     stopwatch = Stopwatch(stall_s=objective.tbt_p99_s, late_s=objective.delay_p50_s)
     run = simulate(
         engine,
-        workload.at(qps),
+        requests,
         stopwatch=stopwatch,
+        until_s=until_s,
         give_up=lambda watch: watch.num_stalls > most_stalls or watch.num_late > most_late,
     )
     if not run.complete:
@@ -134,16 +146,18 @@ def find_capacity(
     *,
     start_qps: float,
     tolerance: float = 0.025,
+    until_s: float = math.inf,
     on_probe: Callable[[Probe], None] | None = None,
 ) -> tuple[float, list[Probe]]:
     """The highest rate that meets the objective, and every rate tried.
 
-    See `highest_rate`; rates are doubled or halved.
+    See `highest_rate`; rates are doubled or halved. Each run ends at `until_s` at the latest, and
+    what had been served by then is what counts.
     """
     probes: list[Probe] = []
 
     def meets(qps: float) -> bool:
-        result = probe(engine, workload, objective, qps)
+        result = probe(engine, workload, objective, qps, until_s=until_s)
         probes.append(result)
         if on_probe is not None:
             on_probe(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ class SimRun:
     complete: bool
     end_s: float
     timings: Sequence[Timing]
-    """Of finished requests, in the order in which they finished."""
+    """Of finished requests, in the order in which they finished; after them those that had given
+    tokens when the run was ended by `until_s`."""
     stats: SimStats
     num_preemptions: int
     metrics: EngineMetrics
@@ -69,6 +71,7 @@ def simulate(
     *,
     stopwatch: Stopwatch | None = None,
     give_up: Callable[[Stopwatch], bool] | None = None,
+    until_s: float = math.inf,
     record_steps: bool = False,
 ) -> SimRun:
     """Serves `requests` (ascending in `arrival_s`) in virtual time.
@@ -76,6 +79,8 @@ def simulate(
     Args:
         stopwatch: counts what `give_up` looks at.
         give_up: asked after each step; True ends the run there.
+        until_s: the run ends when a step is done then or later, whatever is unfinished; that step's
+            tokens do not count.
         record_steps: keep every step in `stats.steps`.
 
     Raises SimulationStuck if a request can never be scheduled.
@@ -96,17 +101,17 @@ def simulate(
     committed: Committed | None = None
     num_requests, finished = len(requests), stopwatch.finished
     gave_up = False
-    while len(finished) < num_requests and not gave_up:
+    while len(finished) < num_requests and not gave_up and clock.now_s < until_s:
         loop.wait_for_work()
         committed = loop.turn(committed)
         gave_up = give_up is not None and give_up(stopwatch)
-    if not gave_up:
+    if not gave_up and len(finished) == num_requests:
         loop.finish_in_flight()
         scheduler.check_integrity()
     return SimRun(
         complete=not gave_up,
         end_s=clock.now_s,
-        timings=finished,
+        timings=finished if gave_up else [*finished, *stopwatch.started()],
         stats=executor.stats,
         num_preemptions=scheduler.num_preemptions,
         metrics=metrics,

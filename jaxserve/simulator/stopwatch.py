@@ -54,6 +54,10 @@ class Stopwatch:
     def num_open(self) -> int:
         return len(self._open)
 
+    def started(self) -> list[Timing]:
+        """Requests that have given tokens and are not finished."""
+        return [timing for timing in self._open.values() if timing.token_s]
+
     def open_ids(self) -> Sequence[str]:
         return tuple(self._open)
 

@@ -8,6 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxserve.cli.simulate import app
+from jaxserve.engine.scheduler.auto_budget import auto_token_budget
+from jaxserve.engine.scheduler.budget import decode_step
+from jaxserve.engine.step_cost import add_chunk
 from jaxserve.simulator.arrivals import ArrivalProcess
 from jaxserve.simulator.capacity import Objective, confidence_interval, find_capacity, probe
 from jaxserve.simulator.cost_models.base import HostCost
@@ -37,6 +40,23 @@ def run(policy: str, qps: float, *, scenario: str = "yi-34b-chat", num_requests:
         arrivals=ArrivalProcess(),
     )
     return simulate(experiment(scenario).engine(policy), workload.at(qps))
+
+
+def test_auto_tau_keeps_the_objective_in_the_hardest_step() -> None:
+    """128 decodes that fill the pages, and a chunk at the end of the longest context."""
+    made = experiment("yi-34b-chat")
+    config = made.engine("sarathi").scheduler
+    taus = range(128, 2049, 64)
+    chosen = auto_token_budget(config, made.cost, 0.2, taus, margin=1.0)
+
+    def hardest_s(tau: int) -> float:
+        decodes = decode_step(128, config.num_pages * config.page_size, tau)
+        return made.cost.predict_s(add_chunk(decodes, config.max_model_len, tau - 128, tau))
+
+    assert hardest_s(chosen) <= 0.2 < hardest_s(chosen + 64)
+    # With a margin it is a budget that keeps as much less.
+    careful = auto_token_budget(config, made.cost, 0.2, taus, margin=0.5)
+    assert hardest_s(careful) <= 0.1 < hardest_s(careful + 64)
 
 
 @pytest.mark.long
@@ -88,6 +108,32 @@ def test_capacity_is_a_rate_between_what_holds_and_what_does_not() -> None:
     )
     # An objective that no rate meets: a step with a chunk takes longer.
     assert find_capacity(engine, workload, Objective(0.001), start_qps=0.5)[0] == 0.0
+
+
+def test_a_run_that_ends_early_counts_what_had_come_by_then() -> None:
+    found = find_scenario("mistral-7b-chat")
+    engine = experiment("mistral-7b-chat").engine("sarathi")
+    workload = make_workload(
+        found.workload, 60, 1, max_model_len=found.max_model_len, arrivals=ArrivalProcess()
+    )
+    whole = simulate(engine, workload.at(2.0))
+    cut = simulate(engine, workload.at(2.0), until_s=15.0)
+    assert cut.complete
+    assert 15.0 <= cut.end_s < 16.0
+    # The same tokens at the same times, up to the step that went past the end.
+    expected = {
+        timing.request.request_id: [s for s in timing.token_s if s < cut.end_s]
+        for timing in whole.timings
+    }
+    came = {timing.request.request_id: timing.token_s for timing in cut.timings}
+    assert came == {name: times for name, times in expected.items() if times}
+    assert any(len(t.token_s) < t.request.max_tokens for t in cut.timings)
+    # Far too many requests: a queue that had no time to grow is not late.
+    relaxed = Objective(tbt_p99_s=1.0)
+    assert not probe(engine, workload, relaxed, 20.0).meets
+    assert probe(engine, workload, relaxed, 20.0, until_s=1.5).meets
+    with pytest.raises(ValueError, match="nothing arrives within"):
+        probe(engine, workload, relaxed, 0.001, until_s=1.0)
 
 
 def test_every_token_comes_once_and_in_time() -> None:

@@ -1,0 +1,1 @@
+"""Bands of published results, each checked in the simulator."""

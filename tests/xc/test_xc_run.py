@@ -41,25 +41,48 @@ def _same(one: Run, other: Run) -> None:
     assert all(np.array_equal(arrays[name], others[name]) for name in arrays)
 
 
-@pytest.mark.long
-def test_a_run_survives_a_kill_and_other_processes(tmp_path: Path, compilation_cache: Path) -> None:
-    tiny_dataset(tmp_path)
-    settings = ("total_steps=12", "evaluation={every = 12}")
-    whole = _run(tmp_path, "whole", compilation_cache, *settings)
+def _killed_and_moved(
+    folder: Path, cache: Path, stage: str, kill_at: int, *settings: str
+) -> tuple[Run, Run]:
+    """A run of one process, and one that is killed and goes on with two; they leave the same."""
+    whole = _run(folder, f"{stage}-whole", cache, *settings)
     whole.train(1)
-    killed = _run(tmp_path, "killed", compilation_cache, *settings)
+    killed = _run(folder, f"{stage}-killed", cache, *settings)
     killed.start(1)
-    killed.wait_for_step(7)  # The first refresh is in step 7.
+    killed.wait_for_step(kill_at)
     killed.kill(signal.SIGKILL)
     killed.finish()
     killed.train(2)
     _same(whole, killed)
-    found = kinds(killed.checked())
-    assert found["start"] == 2
-    assert found["evaluation"] >= 1
+    assert kinds(killed.checked())["start"] == 2
+    return whole, killed
+
+
+@pytest.mark.long
+def test_both_stages_survive_a_kill_and_other_processes(
+    tmp_path: Path, compilation_cache: Path
+) -> None:
+    tiny_dataset(tmp_path)
+    settings = ("total_steps=12", "evaluation={every = 12}")
+    # The first refresh is in step 7.
+    whole, killed = _killed_and_moved(tmp_path, compilation_cache, "encoder", 7, *settings)
+    assert kinds(killed.checked())["evaluation"] >= 1
     grouped = checkpoint_arrays(killed.path, 12)["sampler/grouped"]
     assert sorted(grouped.tolist()) == list(range(len(grouped)))
     assert grouped.tolist() != list(range(len(grouped)))
     model = open_xc_model(killed.path)
     assert len(model.label_texts()) == model.num_labels
-    assert model.read_encoder()["embed"].shape[1] == model.encoder.width
+    encoder = model.read_encoder()
+    assert encoder["embed"].shape[1] == model.encoder.width
+
+    # Killed in step 5 or later, with a checkpoint of step 4 behind it.
+    second = (
+        "total_steps=8",
+        "durability.checkpoint_every=4",
+        "xc.stage='classifiers'",
+        f"xc.encoder_run='{whole.path}'",
+    )
+    _, killed = _killed_and_moved(tmp_path, compilation_cache, "classifiers", 5, *second)
+    trained = open_xc_model(killed.path)
+    assert trained.read_classifiers().shape == (model.num_labels, model.encoder.width)
+    assert np.array_equal(trained.read_encoder()["embed"], encoder["embed"])

@@ -9,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.synced
 UV := $(BIN)/uv
-# uv is named in full, so that it works on this environment and no other.
-UV_PIP := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip
+# uv is named in full, so that it works on this environment and no other. On a busy machine its own
+# 60 s are not enough for bytecode.
+UV_PIP := VIRTUAL_ENV=$(CURDIR)/$(VENV) UV_COMPILE_BYTECODE_TIMEOUT=600 $(UV) pip
 
 .PHONY: help setup native native-if-possible native-sanitize demo test test-long test-soak lint format typecheck protos goldens locks wheel clean
 

@@ -132,7 +132,9 @@ def migrate(migration: Migration, limits: Limits, progress: OnProgress) -> Migra
         in_flight = max_in_flight(plan, migration.source, limits.num_workers, free_bytes)
     try:
         with Workspace(
-            migration.target, plan.digest, migration.source_id, restart=limits.restart
+            *(migration.target, plan.digest, migration.source_id),
+            window_bytes=plan.window_bytes,
+            restart=limits.restart,
         ) as space:
             target = _open_target(migration, space.out)
             try:

@@ -1,7 +1,7 @@
 """The folder in which a target is made, beside where it will be: one process at a time.
 
     .NAME.migrating/
-        plan.json       digest of the plan, and what the source was
+        plan.json       digest of the plan, its size of windows, and what the source was
         journal.jsonl   finished windows
         out/            the target so far
 
@@ -40,7 +40,13 @@ class Workspace:
     """
 
     def __init__(
-        self, target: Path, plan_sha256: str, source: Mapping[str, Any], *, restart: bool
+        self,
+        target: Path,
+        plan_sha256: str,
+        source: Mapping[str, Any],
+        *,
+        window_bytes: int,
+        restart: bool,
     ) -> None:
         """Lock and open, or make.
 
@@ -48,6 +54,7 @@ class Workspace:
             target: the path that will be published.
             plan_sha256: of the plan.
             source: what identifies the source without reading it: sizes, times; JSON values.
+            window_bytes: of the plan, for `recorded_window_bytes`.
             restart: throw an unfinished migration away.
 
         Raises:
@@ -58,7 +65,8 @@ class Workspace:
         self._path = workspace_path(target)
         self._descriptor = _lock(self._path)
         try:
-            self.is_resumed = self._prepare(plan_sha256, source, restart)
+            record = {"plan": plan_sha256, "window_bytes": window_bytes, "source": dict(source)}
+            self.is_resumed = self._prepare(record, restart)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -90,11 +98,18 @@ class Workspace:
         there = _read(path / _RECORD)
         return None if there is None else there.get("source")
 
+    @staticmethod
+    def recorded_window_bytes(path: Path) -> int | None:
+        """The size of windows of the unfinished migration at `path`."""
+        there = _read(path / _RECORD)
+        found = None if there is None else there.get("window_bytes")
+        return found if isinstance(found, int) else None
+
     def remove(self) -> None:
         """Delete the folder, after its content was published."""
         shutil.rmtree(self._path)
 
-    def _prepare(self, plan_sha256: str, source: Mapping[str, Any], restart: bool) -> bool:
+    def _prepare(self, wanted: Mapping[str, Any], restart: bool) -> bool:
         record = self._path / _RECORD
         there = _read(record)
         if restart or there is None:  # Killed before the plan was recorded: nothing is kept.
@@ -102,16 +117,16 @@ class Workspace:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self.out.mkdir()
             staged = record.with_suffix(".new")
-            staged.write_text(json.dumps({"plan": plan_sha256, "source": dict(source)}))
+            staged.write_text(json.dumps(wanted))
             fsync_path(staged)
             staged.rename(record)
             return False
-        if there.get("source") != json.loads(json.dumps(dict(source))):
+        if there.get("source") != json.loads(json.dumps(wanted["source"])):
             raise SourceChanged(
                 f"{self._path} holds an unfinished migration of another source, or the source has "
                 "changed since; pass --restart to begin anew"
             )
-        if there.get("plan") != plan_sha256:
+        if there.get("plan") != wanted["plan"]:
             raise MigrationError(
                 f"{self._path} holds an unfinished migration with other settings; use those, or "
                 "pass --restart to begin anew"

@@ -12,6 +12,7 @@ from checkpoint.formats.gguf_q8_0 import program as q8_0_program
 from checkpoint.migrate.manifest import MigrationManifest
 from checkpoint.migrate.plan import NUM_BEING_WRITTEN, max_in_flight
 from checkpoint.migrate.run import Limits, Migration, OnProgress, migrate, peak_memory_bytes
+from checkpoint.migrate.workspace import Workspace, workspace_path
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.migration.arrays import problems
 from jaxserve.migration.lora import low_rank_updates
@@ -85,7 +86,7 @@ def plan_conversion(
     _check_apart(path, request.target)
     if memory_bytes is not None and request.quantization == "Q8_0":
         q8_0_program()  # What it takes is then part of what is taken.
-    request = replace(request, window_bytes=_window_bytes(memory_bytes))
+    request = replace(request, window_bytes=_window_bytes(memory_bytes, request.target))
     with _opened(path, request.config) as source:
         _check_apart(source.model.path, request.target)  # Another one, if `path` has adapters.
         migration = make_migration(source, request, low_rank_updates(_adapters(source, request)))
@@ -115,24 +116,26 @@ def plan_reshard(
     if layers not in LAYERS:
         raise ConfigError(f"--layers {layers!r} is not one of {', '.join(LAYERS)}")
     with _opened(path) as source:
-        migration = make_reshard(
-            source, target, layers=layers, window_bytes=_window_bytes(memory_bytes)
-        )
+        window_bytes = _window_bytes(memory_bytes, target)
+        migration = make_reshard(source, target, layers=layers, window_bytes=window_bytes)
         yield _planned(source, migration, num_workers, memory_bytes)
 
 
-def _window_bytes(memory_bytes: int | None) -> int:
-    if memory_bytes is None:
-        return MAX_WINDOW_BYTES
-    taken = peak_memory_bytes()
-    window = (memory_bytes - taken) // WINDOWS_A_BUDGET
-    if window < MIN_WINDOW_BYTES:
-        needed = taken + WINDOWS_A_BUDGET * MIN_WINDOW_BYTES
-        raise ConfigError(
-            f"--memory-budget: the program alone takes {taken / 1e6:.0f} MB; give at least "
-            f"{needed / 1e6:.0f} MB"
-        )
-    return min(window, MAX_WINDOW_BYTES)
+def _window_bytes(memory_bytes: int | None, target: Path) -> int:
+    """That of an unfinished `target` if the budget still allows it: what is free differs a little
+    from start to start, and the chunks of what is there follow from it."""
+    window = MAX_WINDOW_BYTES
+    if memory_bytes is not None:
+        taken = peak_memory_bytes()
+        window = min(window, (memory_bytes - taken) // WINDOWS_A_BUDGET)
+        if window < MIN_WINDOW_BYTES:
+            needed = taken + WINDOWS_A_BUDGET * MIN_WINDOW_BYTES
+            raise ConfigError(
+                f"--memory-budget: the program alone takes {taken / 1e6:.0f} MB; give at least "
+                f"{needed / 1e6:.0f} MB"
+            )
+    recorded = Workspace.recorded_window_bytes(workspace_path(target)) or 0
+    return recorded if MIN_WINDOW_BYTES <= recorded <= 1.25 * window else window
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,9 +18,13 @@ import pytest
 from rig import ROOT, TINY, Forker, convert, model_files
 from safetensors.numpy import load_file, save_file
 
+from checkpoint.migrate.errors import WriteFailed
 from checkpoint.migrate.manifest import load_manifest
+from checkpoint.migrate.run import Limits, OnProgress, peak_memory_bytes
 from checkpoint.migrate.workspace import workspace_path
+from jaxserve.migration.convert import plan_conversion
 from jaxserve.migration.diff import diff_models
+from jaxserve.migration.request import ConversionRequest
 from jaxserve.migration.verify import Verdict, verify_model
 from models.loading import open_model
 
@@ -146,6 +151,29 @@ def test_other_settings_do_not_mix_with_an_unfinished_one(tmp_path: Path, forker
     forker.run("convert", SOURCE, target, "--to", "orbax", kill_after_windows=2)
     code, text = forker.run("convert", SOURCE, target, "--to", "orbax", "--dtype", "bfloat16")
     assert (code, "other settings" in text) == (2, True), text
+
+
+def test_a_budget_of_which_less_is_free_goes_on_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the program takes differs a little from start to start, and windows follow from it."""
+    expected, target = tmp_path / "expected", tmp_path / "own"
+    convert(SOURCE, expected, "orbax")
+
+    def interrupt(num_bytes: int, is_new: bool) -> None:
+        raise InterruptedError
+
+    budget = peak_memory_bytes() + 500_000_000
+    limits = Limits(2, budget)
+    for taken, interrupts in ((budget - 60_000_000, True), (budget - 57_000_000, False)):
+        monkeypatch.setattr("jaxserve.migration.convert.peak_memory_bytes", lambda n=taken: n)
+        request = ConversionRequest(target, "orbax")
+        with (
+            plan_conversion(SOURCE, request, num_workers=2, memory_bytes=budget) as conversion,
+            pytest.raises(WriteFailed) if interrupts else contextlib.nullcontext(),
+        ):
+            conversion.run(limits, OnProgress(window=interrupt) if interrupts else OnProgress())
+    assert_same_model(target, expected)
 
 
 def test_lost_writes_are_found_and_made_good(tmp_path: Path, forker: Forker) -> None:

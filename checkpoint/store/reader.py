@@ -235,12 +235,20 @@ class StoreReader:
         folder = self._layout.step(step)
         if not folder.is_dir():
             raise StepNotFound(f"{self.path} has no step {step}; there are {self.steps()}")
+        deleted = StepNotFound(f"{self.path}: step {step} is just being deleted")
         with contextlib.ExitStack() as stack:
-            # Without a commit record the step is corrupt, and nobody deletes that.
             if (folder / COMMIT).is_file():
-                file = stack.enter_context(self._open(folder / COMMIT))
+                try:
+                    file = stack.enter_context(self._open(folder / COMMIT))
+                except StoreUnreadable:
+                    if folder.is_dir():
+                        raise
+                    raise deleted from None
                 if not try_lock(file, fcntl.LOCK_SH) or not _is_same(file, folder / COMMIT):
-                    raise StepNotFound(f"{self.path}: step {step} is just being deleted")
+                    raise deleted
+            elif not folder.is_dir():  # Folders leave whole, so it was there a moment ago.
+                raise deleted
+            # Else it has no commit record, so it is corrupt, and nobody deletes that.
             yield folder
 
 

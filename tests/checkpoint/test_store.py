@@ -410,6 +410,29 @@ def test_readers_beside_a_deleting_writer_never_see_damage(tmp_path: Path, small
     assert found == sorted(found)
 
 
+@pytest.mark.parametrize("moment", ["is_file", "open"])
+def test_a_step_that_is_deleted_while_it_is_opened_is_no_damage(
+    moment: str, tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder leaves whole, between any two looks at it."""
+    with Store(tmp_path, StoreOptions(read_back=False)) as store:
+        for step in (1, 2):
+            store.save(step, small).wait()
+    newest = StoreReader(tmp_path)._layout.step(2)
+    real = getattr(Path, moment)
+
+    def delete_first(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.parent == newest and newest.is_dir():
+            newest.rename(tmp_path / "gone")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, moment, delete_first)
+    restored = StoreReader(tmp_path).restore_latest(small)
+    assert not newest.is_dir()
+    assert restored is not None
+    assert (restored.step, restored.skipped) == (1, ())
+
+
 def test_a_reader_whose_listing_is_old_finds_what_came_since(tmp_path: Path, small: Any) -> None:
     options = StoreOptions(retention=RetentionPolicy(keep_last=1), read_back=False)
     with Store(tmp_path, options) as store:

@@ -31,7 +31,7 @@ def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(0, 90, length).tolist())
 
 
-@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("sliding_window", [None, pytest.param(7, marks=pytest.mark.long)])
 @pytest.mark.parametrize("buckets", [(4, 8, 24), ONE_BUCKET])
 def test_greedy_equals_dense_forwards(buckets, sliding_window):
     config = replace(TINY, sliding_window=sliding_window)

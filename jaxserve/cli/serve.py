@@ -224,9 +224,6 @@ def serve(
         jaxserve serve --model all-minilm-l6-v2
         jaxserve serve --processes 2 --mesh tensor=2
     """
-    # What start-up makes stays: looking through it for garbage, again and again, costs 0.4 s.
-    # `announce` turns collections on.
-    gc.disable()
     # Imported late: `--help` must not wait for jax.
     from rich.console import Console
 
@@ -271,9 +268,16 @@ def serve(
         console.print(f"warning: what {host} sends and gets is not encrypted (--tls-certificate)")
 
     def run(seat: LeaderSeat | None) -> int:
-        drained = asyncio.run(
-            _serve(engine_config, server_config, console, watch, watch_interval_s, seat, problems)
-        )
+        # What start-up makes stays: looking through it for garbage, again and again, costs 0.4 s.
+        gc.disable()
+        try:
+            drained = asyncio.run(
+                _serve(
+                    engine_config, server_config, console, watch, watch_interval_s, seat, problems
+                )
+            )
+        finally:
+            gc.enable()  # If it was not READY, when `announce` does.
         if not drained:
             console.print(f"some requests were cut short after {drain_timeout_s:g} s")
         return 0 if drained else 1

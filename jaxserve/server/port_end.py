@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 POLL_S = 0.02
-OPEN_FILES = Path("/proc/self/fd")
+OPEN_FILES = Path("/dev/fd")
+"""Of this process, by number."""
 
 
 async def end_port(port: int, patience_s: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 PREFILL_S_PER_TOKEN = 0.229e-3
 """Whole prompts, 1024 tokens."""
@@ -98,7 +99,7 @@ def best_prompt_per_output(context: int, batch: int, chunk: int) -> float:
     return max(ratios, key=lambda ratio: gain(context, batch, chunk, ratio))
 
 
-def summary() -> dict[str, object]:
+def summary() -> dict[str, Any]:
     """JSON values; peaks beside chunk / (batch - 1), where all decodes just ride."""
     peaks = []
     for chunk in HYBRID_LINEAR_S:

@@ -46,7 +46,7 @@ def v10(_: Settings) -> list[Finding]:
             Finding("V10", f"{name}: gain / published", (gain,), 0.95, 1.05),
             Finding("V10", f"{name}: decode speed-up / published", (speedup,), 0.95, 1.05),
         ]
-    for peak in summary()["peaks"]:  # type: ignore[attr-defined]
+    for peak in summary()["peaks"]:
         ratio = peak["best_prompt_per_output"] / peak["chunk_per_rider"]
         findings.append(
             Finding("V10", f"best P:D / (C / (B - 1)), C = {peak['chunk']}", (ratio,), 0.85, 1.15)

@@ -105,6 +105,26 @@ def test_a_rows_bits_do_not_depend_on_rows_beside_it_or_threads(
                 np.testing.assert_array_equal(last, whole[-rows:], err_msg=name)
 
 
+@pytest.mark.parametrize(("num_in", "num_out"), SIZES)
+def test_bfloat16_rows_and_weights_keep_their_bits_beside_other_rows(
+    num_in: int, num_out: int, library: NativeLibrary
+) -> None:
+    packed, values = kernels(Kind.BFLOAT16, num_in, num_out)
+    x = np.random.default_rng(4).normal(size=(83, num_in)).astype(ml_dtypes.bfloat16)
+    as_float32 = jax.jit(lambda rows: packed.multiply(rows, 1, dtype=jnp.float32))
+    met = x.astype(np.float64)
+    for name in library.instruction_sets():  # with a matrix unit, tiles of 16 rows and 32 inputs
+        library.choose(name)
+        library.set_num_threads(2)
+        whole = np.asarray(as_float32(x))
+        size = np.abs(met) @ np.abs(values[1])
+        assert (np.abs(whole - met @ values[1]) <= 1e-6 * size + 1e-30).all(), name
+        for rows in (1, 15, 17, 32, 33, 64):
+            library.set_num_threads(rows % 3 + 1)
+            np.testing.assert_array_equal(as_float32(x[:rows]), whole[:rows], err_msg=name)
+            np.testing.assert_array_equal(as_float32(x[-rows:]), whole[-rows:], err_msg=name)
+
+
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
 def test_rows_past_the_live_ones_are_zero_and_change_nothing(
     kind: Kind, library: NativeLibrary

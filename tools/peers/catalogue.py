@@ -92,6 +92,7 @@ class Catalogue:
         if name == "llama.cpp" or (name in OURS and OURS[name].uses_gguf):
             return self.gguf
         if not self.safetensors.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "jaxserve", "checkpoint", "convert"]
             command += [str(self.gguf), str(self.safetensors)]
             subprocess.run([*command, "--to", "safetensors", "--dtype", "bfloat16"], check=True)

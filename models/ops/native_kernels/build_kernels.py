@@ -35,6 +35,8 @@ _FLAGS_OF = {
     "kernels_avx512.cc": _AVX512,
     "kernels_avx512vnni.cc": (*_AVX512, "-mavx512vnni"),
 }
+_AMX_SOURCE = "kernels_avx512amx.cc"
+_AMX = (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 _X86 = ("x86_64", "AMD64")
 
 
@@ -103,7 +105,7 @@ def _build(
 ) -> Path:
     command = list(find_compiler() if compiler is None else compiler)
     target.parent.mkdir(parents=True, exist_ok=True)
-    isa_flags = _FLAGS_OF if platform.machine() in _X86 else {}
+    isa_flags = _isa_flags(command)
     with TemporaryDirectory(prefix="jaxserve-native-") as temporary:
         objects = [str(Path(temporary) / f"{name}.o") for name in names]
 
@@ -118,6 +120,15 @@ def _build(
         _run([*command, "-pthread", link_flag, *objects, "-o", str(staged)])
     staged.replace(target)
     return target
+
+
+def _isa_flags(command: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """By source. A compiler that is too old for tiles builds the library without them."""
+    if platform.machine() not in _X86:
+        return {}
+    probe = [*command, *_AMX, "-fsyntax-only", "-x", "c++", os.devnull]
+    has_tiles = not subprocess.run(probe, capture_output=True, check=False).returncode
+    return {**_FLAGS_OF, **({_AMX_SOURCE: _AMX} if has_tiles else {})}
 
 
 def _run(command: Sequence[str]) -> None:

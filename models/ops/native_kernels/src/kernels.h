@@ -11,6 +11,7 @@ struct LinearJob {
   const uint8_t* weights;
   const float* x;             // float kinds, few rows
   const float* tiles;         // float kinds, many rows: packed by pack_tile, num_in values a row
+  const uint16_t* row_tiles;  // bfloat16 rows and weights: packed by pack_row_tile
   const int8_t* codes;        // integer kinds: rounded to multiples of a group's scale
   const int16_t* wide_codes;  // the same, for products of 16 bits
   const float* scales;        // [rows][groups]
@@ -51,6 +52,11 @@ struct Kernels {
   // the rest. `tile` becomes [num_in][num_rows].
   int64_t many_rows, panel_rows;
   void (*pack_tile)(const void* x, bool is_bfloat16, int64_t num_in, int64_t num_rows, float* tile);
+  // The same by a matrix unit, for blocks `begin` .. `end` - 1 of bfloat16 weights and rows of
+  // bfloat16; nullptr where there is none. Rows are taken in tiles of kTileRows, the last one of the
+  // rest, each [inputs / kTileInputs][num_rows][kTileInputs] and filled up with zeros.
+  void (*tile_blocks)(const LinearJob& job, int64_t begin, int64_t end);
+  void (*pack_row_tile)(const uint16_t* x, int64_t num_in, int64_t num_rows, uint16_t* tile);
   // One row's codes, scales and sums by groups of 32; codes past num_in are zero.
   void (*quantize_row)(const float* x, int64_t num_in, int8_t* codes, float* scales, int32_t* sums);
   // `num_rows` consecutive rows of one sequence, one KV head. `scratch` holds
@@ -62,6 +68,8 @@ struct Kernels {
   // is any.
   bool (*find_peak)(const float* x, int64_t count, int32_t* index);
 };
+
+constexpr int64_t kTileRows = 16, kTileInputs = 32;
 
 constexpr int64_t kKeyBlock = 64;  // keys that the online softmax takes at once
 
@@ -81,6 +89,8 @@ extern const Kernels kPlain;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vnni;
+// nullptr if the compiler had no instructions for tiles.
+const Kernels* amx_kernels();
 #endif
 
 // The best first; nullptr after the last. Only those that this processor runs.

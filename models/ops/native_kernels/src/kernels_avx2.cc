@@ -7,7 +7,7 @@
 
 namespace jaxserve {
 extern const Kernels kAvx2 = {
-    "avx2", linear_block, kManyRows, kPanelRows, pack_tile,
+    "avx2", linear_block, kManyRows, kPanelRows, pack_tile, nullptr, nullptr,
     quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve
 #endif

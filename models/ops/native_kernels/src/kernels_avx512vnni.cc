@@ -8,7 +8,7 @@
 
 namespace jaxserve {
 extern const Kernels kAvx512Vnni = {
-    "avx512vnni", linear_block, kManyRows, kPanelRows, pack_tile,
+    "avx512vnni", linear_block, kManyRows, kPanelRows, pack_tile, nullptr, nullptr,
     quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve
 #endif

@@ -6,6 +6,6 @@
 
 namespace jaxserve {
 extern const Kernels kPlain = {
-    "plain", linear_block, kManyRows, kPanelRows, pack_tile,
+    "plain", linear_block, kManyRows, kPanelRows, pack_tile, nullptr, nullptr,
     quantize_row, attend, gate_row, find_peak};
 }  // namespace jaxserve

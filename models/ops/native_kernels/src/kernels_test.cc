@@ -129,6 +129,41 @@ void test_linear(const Kernels& kernels, int64_t kind, int64_t num_in, int64_t n
   }
 }
 
+std::vector<float> multiply_halves(const Kernels& kernels, const Weights& weights, const uint16_t* x,
+                                   int64_t rows) {
+  std::vector<float> out(rows * weights.num_out);
+  linear(kernels, {weights.kind, rows, weights.num_in, weights.num_out, x, true,
+                   weights.bytes.data(), out.data(), false});
+  return out;
+}
+
+// Tiles sum in another order than vectors do, the same one for any number of rows and threads.
+void test_tiles(const Kernels& kernels, int64_t num_in, int64_t num_out) {
+  const int64_t most_rows = 83;
+  const Weights weights(kBfloat16, num_in, num_out);
+  std::vector<uint16_t> x(most_rows * num_in);
+  for (uint16_t& value : x) value = float_to_bfloat16(uniform());
+  set_num_threads(1);
+  const std::vector<float> all = multiply_halves(kernels, weights, x.data(), most_rows);
+  for (int64_t i = 0; i < most_rows * num_out; ++i) {
+    double sum = 0, size = 0;
+    for (int64_t k = 0; k < num_in; ++k) {
+      const double product = double(bfloat16_to_float(x[i / num_out * num_in + k])) *
+                             weights.values[k * num_out + i % num_out];
+      sum += product, size += std::abs(product);
+    }
+    CHECK(std::abs(all[i] - sum) <= 1e-6 * size + 1e-30, "%s: %g, not %g", kernels.name, all[i], sum);
+  }
+  for (int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 49, 64, 80}) {
+    set_num_threads(rows % 3 + 1);
+    for (int64_t first : {int64_t{0}, most_rows - rows}) {
+      const std::vector<float> some = multiply_halves(kernels, weights, x.data() + first * num_in, rows);
+      CHECK(std::memcmp(some.data(), all.data() + first * num_out, some.size() * 4) == 0,
+            "%s: rows %d + %d", kernels.name, static_cast<int>(first), static_cast<int>(rows));
+    }
+  }
+}
+
 // Rows of bfloat16 give what the same values give as float32, rounded once; NaN stays NaN.
 void test_bfloat16_rows(const Kernels& kernels, int64_t kind, int64_t num_in, int64_t num_out) {
   const Weights weights(kind, num_in, num_out);
@@ -138,7 +173,10 @@ void test_bfloat16_rows(const Kernels& kernels, int64_t kind, int64_t num_in, in
     for (size_t i = 0; i < halves.size(); ++i) halves[i] = float_to_bfloat16(uniform());
     halves[num_in - 1] = float_to_bfloat16(NAN);
     for (size_t i = 0; i < halves.size(); ++i) floats[i] = bfloat16_to_float(halves[i]);
-    const std::vector<float> wanted = multiply(kernels, weights, floats.data(), rows);
+    const bool is_tiled = kernels.tile_blocks != nullptr && kind == kBfloat16;
+    const std::vector<float> wanted = is_tiled
+                                          ? multiply_halves(kernels, weights, halves.data(), rows)
+                                          : multiply(kernels, weights, floats.data(), rows);
     linear(kernels, {kind, rows, num_in, num_out, halves.data(), true, weights.bytes.data(),
                      out.data(), true});
     for (size_t i = 0; i < out.size(); ++i)
@@ -260,6 +298,12 @@ int main() {
       test_linear(**at, kind, 33, 130);
       test_bfloat16_rows(**at, kind, 65, 70);
       if (is_integer(kind)) test_integers_agree(**at, kind);
+    }
+    if ((*at)->tile_blocks != nullptr) {
+      test_tiles(**at, 1, 1);
+      test_tiles(**at, 64, 64);
+      test_tiles(**at, 71, 37);
+      test_tiles(**at, 33, 130);
     }
     for (int64_t dim : {8, 64, 80})
       for (int64_t window : {1, 50, 1 << 30}) test_attention(**at, dim, window);

@@ -61,6 +61,18 @@ const float* pack_tiles(const Kernels& kernels, const LinearArgs& args, bool in_
   return tiles;
 }
 
+const uint16_t* pack_row_tiles(const Kernels& kernels, const LinearArgs& args, bool in_parallel) {
+  const int64_t width = (args.num_in + kTileInputs - 1) / kTileInputs * kTileInputs;
+  uint16_t* tiles = scratch<uint16_t, 9>(args.num_rows * width);
+  const uint16_t* x = static_cast<const uint16_t*>(args.x);
+  const int64_t count = (args.num_rows + kTileRows - 1) / kTileRows;
+  each(count, in_parallel && count > 1, [&](int64_t tile) {
+    const int64_t row = tile * kTileRows, num_rows = std::min(kTileRows, args.num_rows - row);
+    kernels.pack_row_tile(x + row * args.num_in, args.num_in, num_rows, tiles + row * width);
+  });
+  return tiles;
+}
+
 std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
@@ -71,7 +83,10 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   job.num_rows = args.num_rows, job.num_in = args.num_in, job.num_out = args.num_out;
   job.out = args.out, job.out_is_bfloat16 = args.out_is_bfloat16;
   const bool in_parallel = args.num_rows * args.num_in * args.num_out >= kSmallWork;
-  if (!is_integer(args.kind) && args.num_rows >= kernels.many_rows) {
+  // Whether tiles are used never depends on the number of rows: they sum in another order.
+  if (kernels.tile_blocks != nullptr && args.kind == kBfloat16 && args.x_is_bfloat16) {
+    job.row_tiles = pack_row_tiles(kernels, args, in_parallel);
+  } else if (!is_integer(args.kind) && args.num_rows >= kernels.many_rows) {
     job.tiles = pack_tiles(kernels, args, in_parallel);
   } else if (!is_integer(args.kind)) {
     job.x = as_floats(args);
@@ -99,6 +114,7 @@ void linear(const Kernels& kernels, const LinearArgs& args) {
   const int64_t per_piece = std::max<int64_t>(1, blocks / (kPiecesPerThread * get_num_threads()));
   each((blocks + per_piece - 1) / per_piece, in_parallel, [&](int64_t piece) {
     const int64_t end = std::min(blocks, (piece + 1) * per_piece);
+    if (job.row_tiles != nullptr) return kernels.tile_blocks(job, piece * per_piece, end);
     float* panel = job.tiles == nullptr ? nullptr : scratch<float, 8>(panel_floats(args.num_in));
     for (int64_t block = piece * per_piece; block < end; ++block)
       kernels.linear_block(job, block, panel);

@@ -33,6 +33,7 @@ from tools.peers.catalogue import (
 )
 from tools.peers.ceilings import Ceilings, ModelSize, measure_ceilings
 from tools.peers.engine import Engine
+from tools.peers.held import held_servers, hold
 from tools.peers.load import ROWS
 from tools.peers.measure import Plan, measure_cold_start, measure_loads, start
 from tools.peers.records import Record, Records
@@ -59,6 +60,11 @@ def main() -> None:
     )
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "peers")
     parser.add_argument("--torch-index", help="index of PyTorch's CPU builds")
+    parser.add_argument(
+        "--hold",
+        action="store_true",
+        help="start the engines and keep them ready, for the same command without it",
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     # Also then the servers that it has started are ended.
@@ -83,6 +89,8 @@ def measure(records: Records, args: argparse.Namespace) -> bool:
     engines = [catalogue.make(name) for name in args.engines]
     describe(records, engines, gguf)
     cache_root = catalogue.folder / "compiled"
+    if args.hold:
+        hold(engines, records, args.out, cache_root, open_model(gguf).config.vocab_size)
     is_complete = True
     if "loads" in args.parts:
         plan = Plan(
@@ -93,7 +101,7 @@ def measure(records: Records, args: argparse.Namespace) -> bool:
             time_limit_s=args.time_limit_s,
             cache_root=cache_root,
         )
-        is_complete = measure_loads(engines, plan, records)
+        is_complete = measure_loads(engines, plan, records, held_servers(engines, args.out))
     if "cold" in args.parts:
         for engine in engines:
             if not records.has(kind="start-cold", engine=engine.name):

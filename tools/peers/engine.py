@@ -17,7 +17,7 @@ from typing import IO
 
 import psutil
 
-START_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.02
 
@@ -95,15 +95,12 @@ class EngineServer:
 
     def peak_bytes(self) -> int:
         """The largest resident memory so far of its processes, added up."""
-        process = psutil.Process(self._process.pid)
-        total = 0
-        for one in [process, *process.children(recursive=True)]:
-            try:
-                with open(f"/proc/{one.pid}/status", encoding="ascii") as status:  # noqa: PTH123
-                    total += peak_of(status.read())
-            except OSError:
-                continue  # It has ended meanwhile.
-        return total
+        return resident_peak_bytes(self.pid)
+
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+        return self._process.pid
 
     def close(self) -> None:
         """Ends its processes."""
@@ -135,6 +132,19 @@ class EngineServer:
         raise EngineFailed(
             f"{self.engine.name} is not ready after {START_TIMEOUT_S:g} s:\n{self.log_end()}"
         )
+
+
+def resident_peak_bytes(pid: int) -> int:
+    """The largest resident memory so far of a process and those below it, added up."""
+    process = psutil.Process(pid)
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            with open(f"/proc/{one.pid}/status", encoding="ascii") as status:  # noqa: PTH123
+                total += peak_of(status.read())
+        except OSError:
+            continue  # It has ended meanwhile.
+    return total
 
 
 def peak_of(status: str) -> int:

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from tools.peers.client import Answer, run_load
 from tools.peers.engine import Engine, EngineServer
@@ -19,6 +20,24 @@ from tools.peers.records import Record, Records
 
 NUM_WARM_UPS = 2
 WARM_UP_ROW = Row("warmup", "", 4, 40, 8)
+
+
+class Server(Protocol):
+    """A running engine: `EngineServer`, or one that another process holds."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def port(self) -> int: ...
+
+    def peak_bytes(self) -> int:
+        """The largest resident memory so far."""
+        ...
+
+    def close(self) -> None:
+        """Ends it, if it is ours."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +67,23 @@ def has_load(records: Records, engine: Engine, row: Row, round_index: int) -> bo
     return records.has(kind="load", engine=engine.name, row=row.name, round=round_index)
 
 
-def measure_loads(engines: Sequence[Engine], plan: Plan, records: Records) -> bool:
-    """Starts the engines and measures what is missing, engine after engine for each row, in the
-    other direction in every second round. True when nothing is missing any more."""
+def measure_loads(
+    engines: Sequence[Engine], plan: Plan, records: Records, held: Mapping[str, Server]
+) -> bool:
+    """Starts the engines that are not held, and measures what is missing, engine after engine for
+    each row, in the other direction in every second round. True when nothing is missing any more.
+    """
     deadline_s = time.monotonic() + plan.time_limit_s
     wanted = [engine for engine in engines if plan.missing(engine, records)]
-    servers: list[EngineServer] = []
+    servers: list[Server] = []
     try:
         for engine in wanted:
-            servers.append(start(engine, records, plan.cache_root))
-            for index in range(NUM_WARM_UPS):
-                load = make_load(WARM_UP_ROW, index, plan.vocab_size)
-                run_load(servers[-1].port, load, engine.fields)
+            if engine.name in held:
+                servers.append(held[engine.name])
+                continue
+            started = start(engine, records, plan.cache_root)
+            servers.append(started)
+            warm_up(started, plan.vocab_size)
         for round_index in range(plan.num_rounds):
             for row in plan.rows:
                 for server in servers[:: -1 if round_index % 2 else 1]:
@@ -74,7 +98,13 @@ def measure_loads(engines: Sequence[Engine], plan: Plan, records: Records) -> bo
     return True
 
 
-def measure_one(server: EngineServer, row: Row, round_index: int, plan: Plan) -> Record:
+def warm_up(server: Server, vocab_size: int) -> None:
+    """Short requests, of which nothing is recorded."""
+    for index in range(NUM_WARM_UPS):
+        run_load(server.port, make_load(WARM_UP_ROW, index, vocab_size), server.engine.fields)
+
+
+def measure_one(server: Server, row: Row, round_index: int, plan: Plan) -> Record:
     """One load on one engine."""
     load = make_load(row, round_index, plan.vocab_size, plan.trace)
     load_average = os.getloadavg()[0]

@@ -75,7 +75,8 @@ constexpr int64_t kKeyBlock = 64;  // keys that the online softmax takes at once
 
 static inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 constexpr int64_t kMaxLanes = 16;
-static inline int64_t attention_scratch_floats(int64_t num_queries, int64_t head_dim) {
+static inline int64_t attention_scratch_floats(int64_t queries, int64_t head_dim) {
+  const int64_t num_queries = (queries + 15) / 16 * 16;  // tiles take 16 at once
   // Keys and values of a block, and keys on their way; queries and sums; weights; peaks and totals.
   return (2 * kKeyBlock + kMaxLanes) * padded_dim(head_dim) +
          num_queries * (2 * padded_dim(head_dim) + kKeyBlock + 2);

@@ -9,11 +9,12 @@
 #include "linear.inc.h"
 #include "rows.inc.h"
 #include "tiles.inc.h"
+#include "tile_attention.inc.h"
 
 namespace jaxserve {
 static const Kernels kAvx512Amx = {
     "avx512amx", linear_block, kManyRows, kPanelRows, pack_tile, tile_blocks, pack_row_tile,
-    quantize_row, attend, gate_row, find_peak};
+    quantize_row, attend_tiles, gate_row, find_peak};
 const Kernels* amx_kernels() { return &kAvx512Amx; }
 }  // namespace jaxserve
 #else

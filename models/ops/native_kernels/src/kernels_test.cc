@@ -254,6 +254,76 @@ void test_attention(const Kernels& kernels, int64_t dim, int64_t window) {
   }
 }
 
+// Queries and pages of bfloat16, which a matrix unit takes by tiles.
+void test_bfloat16_attention(const Kernels& kernels, int64_t dim, int64_t window) {
+  const int64_t heads = 6, kv_heads = 2, page_size = 16, length = 150, pages = 12, odd = 70;
+  const uint16_t nan = float_to_bfloat16(NAN);
+  std::vector<uint16_t> pool(pages * page_size * 2 * kv_heads * dim, nan);
+  std::vector<int32_t> table(pages), slots(length, 0), positions(length), each(length);
+  for (int64_t p = 0; p < pages; ++p) table[p] = static_cast<int32_t>((p * 5 + 3) % pages);
+  std::vector<uint16_t> q(length * heads * dim), out(q.size());
+  for (uint16_t& value : q) value = float_to_bfloat16(3 * uniform());
+  const auto at = [&](int64_t position, int64_t half, int64_t head) {
+    return ((table[position / page_size] * page_size + position % page_size) * 2 + half) *
+               kv_heads * dim + head * dim;
+  };
+  for (int64_t t = 0; t < length; ++t) {
+    positions[t] = each[t] = static_cast<int32_t>(t);
+    for (int64_t i = 0; i < 2 * kv_heads * dim; ++i)
+      pool[at(t, 0, 0) + i] = float_to_bfloat16(uniform());
+  }
+  AttentionJob job{};
+  job.num_heads = heads, job.num_kv_heads = kv_heads, job.head_dim = dim;
+  job.page_size = page_size, job.table_width = pages, job.window = window;
+  job.rows_are_bfloat16 = job.pages_are_bfloat16 = true;
+  job.q = q.data(), job.out = out.data(), job.pages = pool.data();
+  job.page_table = table.data(), job.row_slots = slots.data(), job.row_positions = positions.data();
+  const AttentionItems none{nullptr, nullptr, 0};
+  set_num_threads(2);
+  const auto by_tiles = [&](int64_t rows) {
+    std::vector<int32_t> starts, counts;
+    for (int64_t t = 0; t < length; t += rows) {
+      starts.push_back(static_cast<int32_t>(t));
+      counts.push_back(static_cast<int32_t>(std::min(rows, length - t)));
+    }
+    attention(kernels, job, none, {starts.data(), counts.data(), static_cast<int64_t>(starts.size())});
+    return out;
+  };
+  attention(kernels, job, {each.data(), nullptr, length}, none);
+  const std::vector<uint16_t> alone = out;
+  for (int64_t rows : {7, 13, 128})
+    CHECK(by_tiles(rows) == alone, "%s: tiles of %d", kernels.name, static_cast<int>(rows));
+  for (int64_t i = 0; i < length * heads; ++i) {
+    const int64_t t = i / heads, kv = i % heads / (heads / kv_heads);
+    std::vector<double> weights, sums(dim, 0.0);
+    double total = 0;
+    for (int64_t s = std::max<int64_t>(0, t - window + 1); s <= t; ++s) {
+      double score = 0;
+      for (int64_t d = 0; d < dim; ++d)
+        score += double(bfloat16_to_float(q[i * dim + d])) * bfloat16_to_float(pool[at(s, 0, kv) + d]);
+      const double weight = std::exp(score / std::sqrt(double(dim)));
+      total += weight;
+      for (int64_t d = 0; d < dim; ++d) sums[d] += weight * bfloat16_to_float(pool[at(s, 1, kv) + d]);
+    }
+    for (int64_t d = 0; d < dim; ++d)  // weights and outputs are rounded to 8 bits
+      CHECK(std::abs(bfloat16_to_float(alone[i * dim + d]) - sums[d] / total) < 5e-3,
+            "%s row %d: %g, not %g", kernels.name, static_cast<int>(t),
+            bfloat16_to_float(alone[i * dim + d]), sums[d] / total);
+  }
+  // What is no number reaches the rows that see it, and only them.
+  pool[at(odd, 1, 1)] = nan;
+  for (int64_t rows : {1, 13, 128}) {
+    const std::vector<uint16_t> got = by_tiles(rows);
+    for (int64_t t = 0; t < length; ++t)
+      for (int64_t i = 0; i < heads * dim; ++i) {
+        const bool is_hit = t >= odd && t - odd < window && i >= heads / kv_heads * dim && i % dim == 0;
+        const uint16_t value = got[t * heads * dim + i];
+        CHECK(is_hit ? std::isnan(bfloat16_to_float(value)) : value == alone[t * heads * dim + i],
+              "%s: row %d, value %d", kernels.name, static_cast<int>(t), static_cast<int>(i));
+      }
+  }
+}
+
 void test_gate(const Kernels& kernels, int64_t width, bool is_gelu) {
   const int64_t rows = 9;
   std::vector<float> x(rows * 2 * width), out(rows * width), alone(width);
@@ -306,7 +376,10 @@ int main() {
       test_tiles(**at, 33, 130);
     }
     for (int64_t dim : {8, 64, 80})
-      for (int64_t window : {1, 50, 1 << 30}) test_attention(**at, dim, window);
+      for (int64_t window : {1, 50, 1 << 30}) {
+        test_attention(**at, dim, window);
+        test_bfloat16_attention(**at, dim, window);
+      }
     for (int64_t width : {1, 16, 71, 600})
       for (bool is_gelu : {false, true}) test_gate(**at, width, is_gelu);
     for (int64_t count : {1, 15, 16, 1000, 40001}) test_peaks(**at, count);

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from tools.compare_peers import report
 from tools.peers.ceilings import Ceilings, ModelSize, floor_s
 from tools.peers.client import Answer, RequestFailed, run_load
 from tools.peers.engine import Engine, EngineFailed, EngineServer, peak_of
+from tools.peers.held import held_servers
 from tools.peers.load import ROWS, LoadRequest, make_load
 from tools.peers.measure import Plan, load_record
 from tools.peers.quality import agreement_record
@@ -183,6 +186,21 @@ def test_an_engine_that_ends_tells_why(tmp_path: Path) -> None:
     broken = replace(ENGINE, command=("sh", "-c", "echo no such model at {cache}; exit 3"))
     with pytest.raises(EngineFailed, match=f"no such model at {tmp_path}"):
         EngineServer(broken, tmp_path)
+
+
+def test_a_held_server_is_found_while_it_lives(tmp_path: Path) -> None:
+    assert held_servers([ENGINE], tmp_path) == {}
+    process = subprocess.Popen(["sleep", "60"])
+    note = {"port": 1234, "pid": process.pid}
+    (tmp_path / "held-theirs.json").write_text(json.dumps(note))
+    server = held_servers([ENGINE], tmp_path)["theirs"]
+    assert (server.engine, server.port) == (ENGINE, 1234)
+    assert server.peak_bytes() > 0
+    server.close()
+    assert process.poll() is None  # it is not ours to end
+    process.kill()
+    process.wait()
+    assert held_servers([ENGINE], tmp_path) == {}
 
 
 def test_peak_of_a_status_file() -> None:

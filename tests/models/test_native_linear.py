@@ -126,11 +126,12 @@ def test_bfloat16_rows_and_weights_keep_their_bits_beside_other_rows(
 
 
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 def test_rows_past_the_live_ones_are_zero_and_change_nothing(
-    kind: Kind, library: NativeLibrary
+    kind: Kind, dtype: type, library: NativeLibrary
 ) -> None:
     packed, _ = kernels(kind, 64, 48)
-    x = np.random.default_rng(3).normal(size=(9, 64)).astype(np.float32)
+    x = np.random.default_rng(3).normal(size=(9, 64)).astype(dtype)
     whole = np.asarray(multiply(packed, x, np.int32(1)))
     x[6:] = np.nan  # never looked at
     for num_live in (0, 1, 6):

@@ -56,9 +56,17 @@ def held_servers(engines: Sequence[Engine], out: Path) -> dict[str, HeldServer]:
     for engine in engines:
         note = _note_of(engine, out)
         place = json.loads(note.read_text()) if note.is_file() else None
-        if place is not None and psutil.pid_exists(place["pid"]):
+        if place is not None and _lives(place["pid"]):
             held[engine.name] = HeldServer(engine, **place)
     return held
+
+
+def _lives(pid: int) -> bool:
+    """Not so if it has ended, also if nobody has asked how."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _note_of(engine: Engine, out: Path) -> Path:

@@ -160,6 +160,7 @@ void tile_rows(const LinearJob& job, const Weights& weights, int64_t row, int64_
 }
 
 void tile_blocks(const LinearJob& job, int64_t begin, int64_t end) {
+  if (job.num_rows == 0) return;  // a step may have no live row
   const int64_t bytes = jaxserve::block_bytes(job.kind, job.num_in);
   const int64_t whole = job.num_rows / (2 * kTileRows) * (2 * kTileRows), rest = job.num_rows - whole;
   bool is_shaped = false;

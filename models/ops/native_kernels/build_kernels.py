@@ -126,8 +126,11 @@ def _isa_flags(command: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """By source. A compiler that is too old for tiles builds the library without them."""
     if platform.machine() not in _X86:
         return {}
-    probe = [*command, *_AMX, "-fsyntax-only", "-x", "c++", os.devnull]
-    has_tiles = not subprocess.run(probe, capture_output=True, check=False).returncode
+    with TemporaryDirectory(prefix="jaxserve-native-") as temporary:
+        source = Path(temporary) / "probe.cc"
+        source.write_text("int probe;\n")
+        probe = [*command, *_AMX, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        has_tiles = not subprocess.run(probe, capture_output=True, check=False).returncode
     return {**_FLAGS_OF, **({_AMX_SOURCE: _AMX} if has_tiles else {})}
 
 

@@ -158,7 +158,8 @@ void test_tiles(const Kernels& kernels, int64_t num_in, int64_t num_out) {
     set_num_threads(rows % 3 + 1);
     for (int64_t first : {int64_t{0}, most_rows - rows}) {
       const std::vector<float> some = multiply_halves(kernels, weights, x.data() + first * num_in, rows);
-      CHECK(std::memcmp(some.data(), all.data() + first * num_out, some.size() * 4) == 0,
+      CHECK(some.empty() ||
+                std::memcmp(some.data(), all.data() + first * num_out, some.size() * 4) == 0,
             "%s: rows %d + %d", kernels.name, static_cast<int>(first), static_cast<int>(rows));
     }
   }

@@ -14,9 +14,9 @@ FLOORS: Mapping[str, str] = MappingProxyType(
         "jinja2": "3.1.6",  # Ways out of the sandbox.
         "grpcio": "1.85.1",
         "protobuf": "7.35.1",  # Bounds the depth of nested messages.
-        "h11": "0.16.0",  # Malformed chunks that a proxy reads in another way.
+        "httptools": "0.9",  # llhttp 9.4: what is malformed in heads and chunks is refused.
         "starlette": "1.0",
-        "uvicorn": "0.40",
+        "uvicorn": "0.54",
         "pydantic": "2.12",
         "safetensors": "0.5",
         "tokenizers": "0.21",

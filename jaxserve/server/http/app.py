@@ -36,7 +36,7 @@ def make_app(
     max_head_bytes: int,
     hosts: frozenset[str] | None,
     with_page: bool = True,
-) -> ASGIApp:
+) -> Gate:
     """The ASGI application. It sends no CORS headers, so pages of other sites cannot read it.
 
     Args:
@@ -62,7 +62,7 @@ def make_app(
     app = Starlette(routes=[*routes, *page], exception_handlers={404: _nowhere, 405: _nowhere})
     app.router.redirect_slashes = False
     open_paths = _OPEN_PATHS | {route.path for route in page}
-    return _Gate(app, service, max_head_bytes, hosts, open_paths)
+    return Gate(app, service, max_head_bytes, hosts, open_paths)
 
 
 def _nowhere(_: Request, error: Exception) -> Response:
@@ -74,7 +74,7 @@ _WORK = {(one.method, one.path): one.access for one in ENDPOINTS if one.asks_eng
 """Who may ask the engine for work, by method and path."""
 
 
-class _Gate:
+class Gate:
     """Refuses requests by their head alone. Without a key nothing but the open paths is reached,
     whatever the router knows.
 
@@ -97,16 +97,9 @@ class _Gate:
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal: JaxserveError | None = self._refusal(scope)
-        if refusal is None and scope["path"] not in self._open_paths:
-            try:
-                self._check_key_and_room(scope)
-            except (Unauthenticated, Forbidden, NotAccepting, QueueFull) as error:
-                self._service.state.note_refusal(error)
-                refusal = error
-        if refusal is not None:
-            request_id = _id_for_refusal(scope)
-            await reply_to(refusal, request_id).response(request_id)(scope, receive, send)
+        refused = self.refuse(scope)
+        if refused is not None:
+            await refused(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
@@ -114,6 +107,20 @@ class _Gate:
             # uvicorn ends the connection. It would log the exception's text, so it logs nothing.
             log_failure(_log, "an HTTP request failed outside its handler", error)
             raise
+
+    def refuse(self, scope: Scope) -> Response | None:
+        """The reply to a request that its head alone is enough to refuse, and counts it."""
+        refusal: JaxserveError | None = self._refusal(scope)
+        if refusal is None and scope["path"] not in self._open_paths:
+            try:
+                self._check_key_and_room(scope)
+            except (Unauthenticated, Forbidden, NotAccepting, QueueFull) as error:
+                self._service.state.note_refusal(error)
+                refusal = error
+        if refusal is None:
+            return None
+        request_id = _id_for_refusal(scope)
+        return reply_to(refusal, request_id).response(request_id)
 
     def _check_key_and_room(self, scope: Scope) -> None:
         """Before the body is read and a route is looked for: what is refused must cost little."""
@@ -123,6 +130,13 @@ class _Gate:
             self._service.state.require_accepting()
 
     def _refusal(self, scope: Scope) -> HttpRefusal | None:
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
+            # RFC 9112, 3.2: a proxy may have read another one than we would.
+            return HttpRefusal(400, "invalid_host", "host", "must be there, and once")
+        codings = [value for name, value in scope["headers"] if name == b"transfer-encoding"]
+        if codings and [one.lower() for one in codings] != [b"chunked"]:
+            return HttpRefusal(501, "not_supported", "transfer-encoding", "only chunked is read")
         num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
         num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
         if num_bytes > self._max_head_bytes:
@@ -131,8 +145,8 @@ class _Gate:
                 431, "headers_too_large", "headers", f"at most {limit} bytes are allowed"
             )
         if self._hosts is not None:
-            host = next((value for name, value in scope["headers"] if name == b"host"), b"")
-            if host_name(host.decode("latin-1")) not in self._hosts:
+            host = hosts[0].decode("latin-1") if hosts else ""
+            if host_name(host) not in self._hosts:
                 return HttpRefusal(
                     403, "foreign_host", "host", "is not a name of this server (--allowed-host)"
                 )

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState as Connections
 from jaxserve.server.access.door import Door
 from jaxserve.server.config import LOOPBACK_HOSTS, ServerConfig
 from jaxserve.server.http.app import make_app
-from jaxserve.server.http.connection import KEEP_ALIVE_S, BoundedConnection
+from jaxserve.server.http.connection import KEEP_ALIVE_S, BoundedConnection, bound_stalls
 from jaxserve.server.http.service import HttpService
 from jaxserve.server.ports import listen_error
 from jaxserve.server.state import ServerState
@@ -51,7 +51,7 @@ class HttpServer:
             config.lora_dir,
         )
         self._tls = tls
-        app = make_app(
+        self._gate = make_app(
             service,
             max_head_bytes=config.max_metadata_bytes,
             hosts=_allowed_hosts(config),
@@ -59,7 +59,7 @@ class HttpServer:
         )
         self._config = config
         self._uvicorn = uvicorn.Config(
-            app,
+            self._gate,
             http=BoundedConnection,
             ws="none",
             lifespan="off",
@@ -70,7 +70,6 @@ class HttpServer:
             server_header=False,
             limit_concurrency=config.max_concurrent_calls,
             timeout_keep_alive=KEEP_ALIVE_S,
-            h11_max_incomplete_event_size=config.max_metadata_bytes,
         )
         self._uvicorn.load()
         self._connections = Connections()
@@ -79,6 +78,7 @@ class HttpServer:
             self._socket = socket.create_server((config.host, config.http_port), family=family)
         except OSError as error:
             raise listen_error("--http-port", config.host, config.http_port, error) from error
+        bound_stalls(self._socket, config.http_stall_timeout_s)
         self.port: int = self._socket.getsockname()[1]
         self._server: asyncio.Server | None = None
         self._clock: asyncio.Task[None] | None = None
@@ -129,8 +129,9 @@ class HttpServer:
         return BoundedConnection(
             self._uvicorn,
             self._connections,
+            refuse=self._gate.refuse,
+            max_head_bytes=self._config.max_metadata_bytes,
             head_timeout_s=self._config.http_head_timeout_s,
-            stall_timeout_s=self._config.http_stall_timeout_s,
         )
 
     async def _tell_date(self) -> None:

@@ -2,8 +2,10 @@
 
     python tools/validate_schemas.py                       # the default model, 500 schemas
     python tools/validate_schemas.py --model ./model --num-schemas 50
+    python tools/validate_schemas.py --cases cases.jsonl   # goes on where an earlier run stopped
 
-Schemas with even numbers are answered greedily, those with odd ones sampled at temperature 1.
+The model is shown the schema in its prompt, as whoever wants good answers does; `--blind` only asks for
+JSON. Schemas with even numbers are answered greedily, those with odd ones sampled at temperature 1.
 Prints counts; exit code 1 if an answer that stopped does not fit, or less than 95 % stopped within
 512 tokens.
 """
@@ -14,53 +16,101 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.request import FinishReason
 from jaxserve.engine.startup import start_engine
-from tools.schema_cases.cases import MAX_TOKENS, run_cases
+from models.tokenizer import Tokenizer
+from tools.schema_cases.cases import MAX_TOKENS, Case, run_cases
+from tools.schema_cases.schemas import Schema
 
 LEAST_STOPPED = 0.95
-QUESTION = "Answer with a JSON value."
+NUM_AT_ONCE = 50
+"""Schemas whose answers are awaited before they are written down."""
+BLIND_QUESTION = "Answer with a JSON value."
+QUESTION = "Answer with a JSON value that this JSON schema accepts, as short as you can:\n\n"
 
 
 def main() -> int:
+    """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default=EngineConfig().model)
     parser.add_argument("--num-schemas", type=int, default=500)
+    parser.add_argument("--blind", action="store_true", help="do not show the schema")
+    parser.add_argument("--cases", type=Path, metavar="FILE", help="a line of JSON for each answer")
     arguments = parser.parse_args()
-    running = start_engine(EngineConfig(arguments.model, max_model_len=2 * MAX_TOKENS))
+    records = _read(arguments.cases)
+    missing = [seed for seed in range(arguments.num_schemas) if seed not in records]
+    running = start_engine(EngineConfig(arguments.model, max_model_len=4 * MAX_TOKENS))
     start = time.perf_counter()
     try:
-        tokenizer = running.tokenizer
-        if tokenizer.has_chat_template:
-            prompt = tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
-        else:
-            prompt = tokenizer.encode(QUESTION)
-        cases = list(run_cases(running.engine, range(arguments.num_schemas), tuple(prompt)))
+        prompt_of = partial(_prompt, running.tokenizer, arguments.blind)
+        for first in range(0, len(missing), NUM_AT_ONCE):
+            seeds = missing[first : first + NUM_AT_ONCE]
+            for case in run_cases(running.engine, seeds, prompt_of):
+                records[case.seed] = _record(case)
+                _append(arguments.cases, records[case.seed])
         compiles = running.engine.snapshot().compiles_after_ready
     finally:
         running.close()
-    stopped = [case for case in cases if case.finish_reason is FinishReason.STOP]
-    invalid = [case for case in stopped if not case.is_valid]
+    cases = [records[seed] for seed in range(arguments.num_schemas)]
+    stopped = [case for case in cases if case["stopped"]]
+    invalid = [case for case in stopped if not case["valid"]]
     report = {
         "num_schemas": len(cases),
         "num_stopped": len(stopped),
         "share_stopped": len(stopped) / len(cases),
+        "num_stopped_greedy": sum(not case["temperature"] for case in stopped),
+        "num_stopped_sampled": sum(bool(case["temperature"]) for case in stopped),
         "num_invalid": len(invalid),
-        "invalid_seeds": [case.seed for case in invalid],
-        "cut_seeds": [case.seed for case in cases if case not in stopped],
-        "num_tokens": sum(case.num_tokens for case in cases),
+        "invalid_seeds": [case["seed"] for case in invalid],
+        "cut_seeds": [case["seed"] for case in cases if not case["stopped"]],
+        "num_tokens": sum(case["num_tokens"] for case in cases),
         "compiles_after_ready": compiles,
         "seconds": round(time.perf_counter() - start, 1),
     }
     print(json.dumps(report, indent=2))
     return int(bool(invalid) or len(stopped) < LEAST_STOPPED * len(cases))
+
+
+def _prompt(tokenizer: Tokenizer, is_blind: bool, schema: Schema) -> Sequence[int]:
+    question = BLIND_QUESTION if is_blind else QUESTION + json.dumps(schema, ensure_ascii=False)
+    if tokenizer.has_chat_template:
+        return tokenizer.encode_chat([{"role": "user", "content": question}])
+    return tokenizer.encode(question)
+
+
+def _record(case: Case) -> dict[str, Any]:
+    return {
+        "seed": case.seed,
+        "temperature": case.temperature,
+        "stopped": case.finish_reason is FinishReason.STOP,
+        "valid": case.is_valid,
+        "num_tokens": case.num_tokens,
+        "text": case.text,
+    }
+
+
+def _read(path: Path | None) -> dict[int, dict[str, Any]]:
+    """Answers of an earlier run, by seed."""
+    if path is None or not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record["seed"]: record for record in records}
+
+
+def _append(path: Path | None, record: dict[str, Any]) -> None:
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,9 +76,10 @@ def test_load_follows_the_requests(service):
     assert not load.HasField("last_step_age_s")
     service.executor.step_s = 0.01
     calls = [service.client.generate("x" * 20, max_tokens=300) for _ in range(6)]
-    wait_for(lambda: service.client.load().num_running == 4)
+    # Four run; the last calls may still be on their way.
+    wait_for(lambda: service.client.load().num_waiting == 2)
     load = service.client.load()
-    assert (load.num_waiting, load.num_waiting_tokens) == (2, 40)
+    assert (load.num_running, load.num_waiting_tokens) == (4, 40)
     assert 0 < load.num_pages_free < load.num_pages_total == 128
     assert load.last_step_age_s < 1
     for call in calls:

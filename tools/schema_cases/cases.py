@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jsonschema import Draft202012Validator
@@ -40,14 +40,20 @@ class Case:
         return bool(validator.is_valid(value))
 
 
-def run_cases(engine: Engine, seeds: Iterable[int], prompt: tuple[int, ...]) -> Iterator[Case]:
-    """Each schema greedily when its seed is even, and sampled when it is odd."""
+def run_cases(
+    engine: Engine, seeds: Iterable[int], prompt_of: Callable[[Schema], Sequence[int]]
+) -> Iterator[Case]:
+    """Each schema greedily when its seed is even, and sampled when it is odd.
+
+    Args:
+        prompt_of: token ids of the question whose answer the schema constrains.
+    """
     seeds = list(seeds)
     schemas = {seed: make_schema(seed) for seed in seeds}
     requests = (
         GenerationRequest(
             f"case-{seed}",
-            prompt,
+            tuple(prompt_of(schemas[seed])),
             SamplingParams(
                 temperature=float(seed % 2),
                 seed=seed,

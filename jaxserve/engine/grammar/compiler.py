@@ -6,6 +6,7 @@ that neither a hostile constraint nor the tokens that follow it take long or gro
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from jaxserve.engine.grammar.constraint import Constraint, ConstraintKind
+from jaxserve.engine.grammar.dates import with_real_dates
 from jaxserve.engine.grammar.terms import WHITESPACE
 from jaxserve.engine.grammar.vocabulary import grammar_vocabulary
 from jaxserve.errors import InvalidRequest, NotAccepting, QueueFull
@@ -225,7 +227,8 @@ def grammar_text(constraint: Constraint) -> str:
 
 
 def _of_schema(source: str) -> str:
-    return LLMatcher.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
+    dated = json.dumps(with_real_dates(json.loads(source)), ensure_ascii=False)
+    return LLMatcher.grammar_from_json_schema(dated, overrides={"whitespace_pattern": WHITESPACE})
 
 
 def _literal(text: str) -> str:

@@ -4,10 +4,10 @@
     python tools/validate_schemas.py --model ./model --num-schemas 50
     python tools/validate_schemas.py --cases cases.jsonl   # goes on where an earlier run stopped
 
-The model is shown the schema in its prompt, as whoever wants good answers does; `--blind` only asks for
-JSON. Schemas with even numbers are answered greedily, those with odd ones sampled at temperature 1.
-Prints counts; exit code 1 if an answer that stopped does not fit, or less than 95 % stopped within
-512 tokens.
+The model is shown the schema in its prompt, as whoever wants good answers does; `--blind` only asks
+for JSON. Schemas with even numbers are answered greedily, those with odd ones sampled at
+temperature 1. Prints counts; exit code 1 if an answer that stopped does not fit, or less than 95 %
+stopped within 512 tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from tools.schema_cases.cases import MAX_TOKENS, Case, run_cases
 from tools.schema_cases.schemas import Schema
 
 LEAST_STOPPED = 0.95
-NUM_AT_ONCE = 50
-"""Schemas whose answers are awaited before they are written down."""
 BLIND_QUESTION = "Answer with a JSON value."
 QUESTION = "Answer with a JSON value that this JSON schema accepts, as short as you can:\n\n"
 
@@ -53,11 +51,9 @@ def main() -> int:
     start = time.perf_counter()
     try:
         prompt_of = partial(_prompt, running.tokenizer, arguments.blind)
-        for first in range(0, len(missing), NUM_AT_ONCE):
-            seeds = missing[first : first + NUM_AT_ONCE]
-            for case in run_cases(running.engine, seeds, prompt_of):
-                records[case.seed] = _record(case)
-                _append(arguments.cases, records[case.seed])
+        for case in run_cases(running.engine, missing, prompt_of):
+            records[case.seed] = _record(case)
+            _append(arguments.cases, records[case.seed])
         compiles = running.engine.snapshot().compiles_after_ready
     finally:
         running.close()

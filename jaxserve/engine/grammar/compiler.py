@@ -19,7 +19,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from jaxserve.engine.grammar.constraint import Constraint, ConstraintKind
-from jaxserve.engine.grammar.dates import with_real_dates
+from jaxserve.engine.grammar.readable_values import with_readable_values
 from jaxserve.engine.grammar.terms import WHITESPACE
 from jaxserve.engine.grammar.vocabulary import grammar_vocabulary
 from jaxserve.errors import InvalidRequest, NotAccepting, QueueFull
@@ -227,7 +227,7 @@ def grammar_text(constraint: Constraint) -> str:
 
 
 def _of_schema(source: str) -> str:
-    dated = json.dumps(with_real_dates(json.loads(source)), ensure_ascii=False)
+    dated = json.dumps(with_readable_values(json.loads(source)), ensure_ascii=False)
     return LLMatcher.grammar_from_json_schema(dated, overrides={"whitespace_pattern": WHITESPACE})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import cast
 
 import httptools
 from starlette.responses import Response
@@ -158,7 +159,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         # Replies that a client does not take must wait, so that they are bounded.
         is_at_once = app is self.app and not self.flow.write_paused
-        reply = self._refuse(cycle.scope) if is_at_once else None
+        reply = self._refuse(cast(Scope, cycle.scope)) if is_at_once else None
         if reply is None:
             super()._start_asgi_task(cycle, app)
             return

@@ -1,4 +1,4 @@
-"""Dates and times in structured output: those that exist, and no other."""
+"""Values in structured output: those that readers take, and no other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import date
 import pytest
 
 from jaxserve.engine.grammar.constraint import Constraint
-from jaxserve.engine.grammar.dates import with_real_dates
+from jaxserve.engine.grammar.readable_values import MAX_INTEGER, with_readable_values
 from jaxserve.engine.grammar.terms import json_term
 
 YEARS = (0, 1, 4, 100, 400, 1900, 2000, 2023, 2024, 2100, 9996, 9999)
@@ -82,12 +82,36 @@ def test_dates_are_found_wherever_a_schema_stands(allows):
     assert "pattern" in json_term(json.dumps(day))
 
 
+def test_mail_addresses_and_hosts_have_the_lengths_of_their_protocols(allows):
+    email, host = {"type": "string", "format": "email"}, {"type": "string", "format": "hostname"}
+    assert allows(email, "a" * 64 + "@example.com")
+    assert not allows(email, "a" * 65 + "@example.com")
+    assert not allows(email, "a@" + "b." * 130 + "com")
+    assert allows(host, "b." * 125 + "com")
+    assert not allows(host, "b." * 126 + "com")
+
+
+@pytest.mark.parametrize("types", ["integer", ["boolean", "integer"]])
+def test_integers_without_a_bound_fit_64_bits(allows, types):
+    schema = {"type": types}
+    for value in (0, -1, MAX_INTEGER, -MAX_INTEGER):
+        assert allows(schema, value)
+    for value in (2**63, -(2**63) - 1, 10**40):
+        assert not allows(schema, value)
+    assert not allows(schema | {"minimum": 7}, 10**20)
+    assert not allows(schema | {"minimum": 7}, 6)
+    for large in ({"maximum": 2**70}, {"const": 2**70}, {"allOf": [{"minimum": 2.0**70}]}):
+        assert with_readable_values({"type": types} | large) == {"type": types} | large
+    assert allows({"type": ["integer", "number"]}, 10**40)
+    assert allows({"type": "number"}, 10**40)
+
+
 def test_values_are_no_schemas():
     values = {
         "const": {"format": "date"},
         "enum": [{"format": "time"}],
         "default": {"format": "date"},
     }
-    assert with_real_dates(values) == values
+    assert with_readable_values(values) == values
     named = {"properties": {"format": True}, "format": ["date"]}
-    assert with_real_dates(named) == named
+    assert with_readable_values(named) == named

@@ -2,6 +2,7 @@
 
     python tools/validate_schemas.py                       # the default model, 500 schemas
     python tools/validate_schemas.py --model ./model --num-schemas 50
+    python tools/validate_schemas.py --weights-format native
     python tools/validate_schemas.py --cases cases.jsonl   # goes on where an earlier run stopped
 
 The model is shown the schema in its prompt, as whoever wants good answers does; `--blind` only asks
@@ -23,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jaxserve.engine.config import EngineConfig
+from jaxserve.engine.config import WEIGHT_FORMATS, EngineConfig
 from jaxserve.engine.request import FinishReason
 from jaxserve.engine.startup import start_engine
 from models.tokenizer import Tokenizer
@@ -41,13 +42,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default=EngineConfig().model)
+    parser.add_argument("--weights-format", default="float", choices=WEIGHT_FORMATS)
     parser.add_argument("--num-schemas", type=int, default=500)
     parser.add_argument("--blind", action="store_true", help="do not show the schema")
     parser.add_argument("--cases", type=Path, metavar="FILE", help="a line of JSON for each answer")
     arguments = parser.parse_args()
     records = _read(arguments.cases)
     missing = [seed for seed in range(arguments.num_schemas) if seed not in records]
-    running = start_engine(EngineConfig(arguments.model, max_model_len=4 * MAX_TOKENS))
+    config = EngineConfig(
+        arguments.model,
+        weights_format=arguments.weights_format,
+        max_model_len=4 * MAX_TOKENS,
+    )
+    running = start_engine(config)
     start = time.perf_counter()
     try:
         prompt_of = partial(_prompt, running.tokenizer, arguments.blind)

@@ -65,14 +65,16 @@ def test_no_whole_answer_at_all_is_a_failure() -> None:
 
 
 def test_goodput_below_nine_tenths_of_the_peak_fails() -> None:
-    held, lost = (judge_overload(10.0, good, [_answer()], [QUIET]) for good in (9.1, 8.9))
+    held, lost = (
+        judge_overload([10.0, 20.0], [good, 2 * good], [_answer()], [QUIET]) for good in (9.1, 8.9)
+    )
     assert not _fails(*held)
     assert _fails(*lost) == ["goodput at 5x overload"]
 
 
 @pytest.mark.parametrize("watch", [BUSY, LATE, PAUSED])
 def test_times_are_void_when_the_clients_lag_or_the_machine_stood_still(watch: Watch) -> None:
-    verdicts = judge_overload(10.0, 8.9, [_answer()], [QUIET, watch])
+    verdicts = judge_overload([10.0], [8.9], [_answer()], [QUIET, watch])
     verdicts.append(judge_pace([_answer()], [_answer()], [watch]))
     assert {verdict.outcome for verdict in verdicts} == {Outcome.VOID}
 

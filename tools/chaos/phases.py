@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from tools.chaos.crowd import Crowd, Watch, whole_per_s
@@ -22,6 +23,9 @@ NUM_PEAK_CLIENTS = 48
 """More than the slots and fewer than the queue holds: busy, and nobody refused."""
 NUM_PACE_CLIENTS = 8
 OVERLOAD = 5.0
+MAX_OVERLOAD_ROUNDS = 5
+MIN_ROUND_S = 8.0
+"""Of a peak or an overload: a fifth of it, in which the queue fills, does not count."""
 LEAVING_FRACTION = 0.15
 MAX_TRIES = 3
 """Of a measured phase, when the machine stood still in it."""
@@ -57,19 +61,34 @@ class Phases:
             await crowd.closed_loop(NUM_CLIENTS, seconds, LEAVING_FRACTION)
 
     async def overload(self, seconds: float) -> None:
-        """The peak, then `OVERLOAD` times as many requests. Nothing else may run beside it."""
+        """The peak, then `OVERLOAD` times as many requests, in rounds, since a shared machine's
+        speed drifts from one minute to the next. Nothing else may run beside it.
+
+        Args:
+            seconds: of all peaks together, and of all overloads.
+        """
+        num_rounds = max(1, min(MAX_OVERLOAD_ROUNDS, int(seconds / MIN_ROUND_S)))
+        round_s = seconds / num_rounds
+        peaks_per_s, goods_per_s = [], []
+        floods: list[Answer] = []
+        watches: list[Watch] = []
         async with self._crowd() as crowd:
-            calm, peak = await self._unpaused(
-                "peak", seconds, lambda _: crowd.closed_loop(NUM_PEAK_CLIENTS, seconds)
-            )
-            peak_per_s = _settled_rate(calm, peak, seconds)
-            flood, watch = await self._unpaused(
-                "overload",
-                seconds,
-                lambda watch: crowd.open_loop(OVERLOAD * peak_per_s, seconds, watch),
-            )
-        good_per_s = _settled_rate(flood, watch, seconds)
-        self.findings.verdicts += judge_overload(peak_per_s, good_per_s, flood, (peak, watch))
+            for index in range(1, num_rounds + 1):
+                calm, peak = await self._unpaused(
+                    f"peak {index}",
+                    round_s,
+                    lambda _: crowd.closed_loop(NUM_PEAK_CLIENTS, round_s),
+                )
+                peak_per_s = _settled_rate(calm, peak, round_s)
+                rate = OVERLOAD * peak_per_s
+                flood, watch = await self._unpaused(
+                    f"overload {index}", round_s, partial(crowd.open_loop, rate, round_s)
+                )
+                peaks_per_s.append(peak_per_s)
+                goods_per_s.append(_settled_rate(flood, watch, round_s))
+                floods += flood
+                watches += (peak, watch)
+        self.findings.verdicts += judge_overload(peaks_per_s, goods_per_s, floods, watches)
 
     async def pace(self, seconds: float) -> None:
         """A few clients, then the same beside slow readers. Nothing else may run beside it."""

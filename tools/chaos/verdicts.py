@@ -81,12 +81,20 @@ def judge_tokens(answers: Sequence[Answer], questions: Questions) -> list[Verdic
 
 
 def judge_overload(
-    peak_per_s: float, good_per_s: float, answers: Sequence[Answer], watches: Sequence[Watch]
+    peaks_per_s: Sequence[float],
+    goods_per_s: Sequence[float],
+    answers: Sequence[Answer],
+    watches: Sequence[Watch],
 ) -> list[Verdict]:
     """Args:
+    peaks_per_s, goods_per_s: whole answers a second, by round; the rounds count together.
     answers: of the overload.
-    watches: of the peak and the overload.
+    watches: of the peaks and the overloads.
     """
+    peak_per_s, good_per_s = float(np.mean(peaks_per_s)), float(np.mean(goods_per_s))
+    rounds = ", ".join(
+        f"{good / peak:.0%}" for good, peak in zip(goods_per_s, peaks_per_s, strict=True)
+    )
     void = any(map(lags, watches))
     waits_s = [a.message_s[0] - a.due_s for a in answers if a.message_s]
     p99_s = float(np.percentile(waits_s, 99)) if waits_s else float("inf")
@@ -97,7 +105,8 @@ def judge_overload(
         Verdict.of(
             "goodput at 5x overload",
             f"{good_per_s:.1f}/s of a peak of {peak_per_s:.1f}/s: {good_per_s / peak_per_s:.0%} "
-            f"({offered} asked, {len(refused_s)} refused in {median_ms:.0f} ms at the median)",
+            f"(rounds: {rounds}; {offered} asked, {len(refused_s)} refused in {median_ms:.0f} ms "
+            "at the median)",
             f">= {MIN_GOODPUT_RATIO:.0%}",
             good_per_s >= MIN_GOODPUT_RATIO * peak_per_s,
             void,

@@ -4,6 +4,7 @@
     python tools/soak.py --hours 2 --json soak.json
     python tools/soak.py --seconds 120
     python tools/soak.py --seconds 300 --overload-alone    # 30 s each of peak and overload
+    python tools/soak.py --overload-alone --layers 10      # a slower model, on a faster machine
 
 Starts `jaxserve serve` with a model of random weights, then: 48 clients that keep it busy (the
 peak), five times what it can do (the overload), clients that read nothing, and twice 200 clients of
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.chaos.phases import Findings
 from tools.chaos.soak import Schedule, soak, worst
 from tools.chaos.soaked_server import SoakedServer
-from tools.chaos.tiny_model import write_model
+from tools.chaos.tiny_model import LAYERS, write_model
 from tools.chaos.verdicts import judge_log
 
 
@@ -45,6 +46,9 @@ def main() -> int:
     length.add_argument("--seconds", type=float, default=600.0, help="default: 600")
     length.add_argument("--hours", type=float)
     parser.add_argument("--overload-alone", action="store_true", help="peak and overload alone")
+    parser.add_argument(
+        "--layers", type=int, default=LAYERS, help=f"of the model (default: {LAYERS})"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what the clients do")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--log", type=Path, metavar="FILE", help="keep the server's log there")
@@ -58,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         log = arguments.log or Path(folder) / "server.log"
         log.write_bytes(b"")
-        server = SoakedServer(write_model(Path(folder) / "model"), log, servers)
+        server = SoakedServer(write_model(Path(folder) / "model", arguments.layers), log, servers)
         os.sched_setaffinity(0, clients)
         try:
             server.start()

@@ -5,10 +5,11 @@
     python tools/validate_schemas.py --weights-format native
     python tools/validate_schemas.py --cases cases.jsonl   # goes on where an earlier run stopped
 
-The model is shown the schema in its prompt, as whoever wants good answers does; `--blind` only asks
-for JSON. Schemas with even numbers are answered greedily, those with odd ones sampled at
-temperature 1. Prints counts; exit code 1 if an answer that stopped does not fit, or less than 95 %
-stopped within 512 tokens.
+The model is shown two short answers to other schemas, then the schema, as whoever wants good
+answers does; `--prompt schema` leaves the two out, `--prompt blind` only asks for JSON. Schemas
+with even numbers are answered greedily, those with odd ones sampled at temperature 1. Prints
+counts; exit code 1 if an answer that stopped does not fit, or less than 95 % stopped within 512
+tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +35,25 @@ from tools.schema_cases.schemas import Schema
 LEAST_STOPPED = 0.95
 BLIND_QUESTION = "Answer with a JSON value."
 QUESTION = "Answer with a JSON value that this JSON schema accepts, as short as you can:\n\n"
+_NODE = {
+    "type": "object",
+    "properties": {
+        "count": {"type": "number"},
+        "tail": {"anyOf": [{"$ref": "#/$defs/item"}, {"type": "null"}]},
+    },
+    "required": ["count", "tail"],
+}
+EXAMPLES: tuple[tuple[Schema, Any], ...] = (
+    (
+        {"type": "object", "properties": {"name": {"type": "string"}, "price": {"type": "number"}}},
+        {"name": "tea", "price": 2.5},
+    ),
+    (
+        {"$defs": {"item": _NODE}, "$ref": "#/$defs/item"},
+        {"count": 0.5, "tail": {"count": 3, "tail": None}},
+    ),
+)
+"""Schemas that are not among those that are asked, and answers to them."""
 
 
 def main() -> int:
@@ -44,7 +64,7 @@ def main() -> int:
     parser.add_argument("--model", default=EngineConfig().model)
     parser.add_argument("--weights-format", default="float", choices=WEIGHT_FORMATS)
     parser.add_argument("--num-schemas", type=int, default=500)
-    parser.add_argument("--blind", action="store_true", help="do not show the schema")
+    parser.add_argument("--prompt", default="examples", choices=("examples", "schema", "blind"))
     parser.add_argument("--cases", type=Path, metavar="FILE", help="a line of JSON for each answer")
     arguments = parser.parse_args()
     records = _read(arguments.cases)
@@ -57,7 +77,7 @@ def main() -> int:
     running = start_engine(config)
     start = time.perf_counter()
     try:
-        prompt_of = partial(_prompt, running.tokenizer, arguments.blind)
+        prompt_of = partial(_prompt, running.tokenizer, arguments.prompt)
         for case in run_cases(running.engine, missing, prompt_of):
             records[case.seed] = _record(case)
             _append(arguments.cases, records[case.seed])
@@ -84,11 +104,22 @@ def main() -> int:
     return int(bool(invalid) or len(stopped) < LEAST_STOPPED * len(cases))
 
 
-def _prompt(tokenizer: Tokenizer, is_blind: bool, schema: Schema) -> Sequence[int]:
-    question = BLIND_QUESTION if is_blind else QUESTION + json.dumps(schema, ensure_ascii=False)
+def _prompt(tokenizer: Tokenizer, kind: str, schema: Schema) -> Sequence[int]:
+    turns = []
+    if kind == "examples":
+        for known, answer in EXAMPLES:
+            turns.append({"role": "user", "content": _question(known)})
+            turns.append({"role": "assistant", "content": json.dumps(answer)})
+    turns.append(
+        {"role": "user", "content": BLIND_QUESTION if kind == "blind" else _question(schema)}
+    )
     if tokenizer.has_chat_template:
-        return tokenizer.encode_chat([{"role": "user", "content": question}])
-    return tokenizer.encode(question)
+        return tokenizer.encode_chat(turns)
+    return tokenizer.encode("\n\n".join(turn["content"] for turn in turns))
+
+
+def _question(schema: Schema) -> str:
+    return QUESTION + json.dumps(schema, ensure_ascii=False)
 
 
 def _record(case: Case) -> dict[str, Any]:

@@ -15,8 +15,8 @@ END = 257
 CONTEXT = 1024
 
 
-def write_model(folder: Path) -> Path:
-    """A Hugging Face folder of a Llama with `LAYERS` layers."""
+def write_model(folder: Path, num_layers: int = LAYERS) -> Path:
+    """A Hugging Face folder of a Llama with so many layers."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -24,7 +24,7 @@ def write_model(folder: Path) -> Path:
         "hidden_act": "silu",
         "hidden_size": HIDDEN,
         "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
         "max_position_embeddings": CONTEXT,
@@ -35,7 +35,7 @@ def write_model(folder: Path) -> Path:
         "eos_token_id": END,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(), folder / "model.safetensors")
+    save_file(_weights(num_layers), folder / "model.safetensors")
     _tokenizer().save(str(folder / "tokenizer.json"))
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     (folder / "tokenizer_config.json").write_text(
@@ -54,10 +54,10 @@ def _tokenizer() -> tokenizers.Tokenizer:
     return backend
 
 
-def _weights() -> dict[str, np.ndarray]:
+def _weights(num_layers: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    for layer in range(LAYERS):
+    for layer in range(num_layers):
         prefix = f"model.layers.{layer}"
         shapes |= {
             f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"
@@ -67,7 +67,7 @@ def _weights() -> dict[str, np.ndarray]:
             f"{prefix}.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
         }
     weights = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
-    for layer in range(LAYERS):
+    for layer in range(num_layers):
         for kind in ("input", "post_attention"):
             weights[f"model.layers.{layer}.{kind}_layernorm.weight"] = np.ones(HIDDEN, np.float32)
     weights["model.norm.weight"] = np.ones(HIDDEN, np.float32)

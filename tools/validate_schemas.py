@@ -77,7 +77,7 @@ def main() -> int:
     running = start_engine(config)
     start = time.perf_counter()
     try:
-        prompt_of = partial(_prompt, running.tokenizer, arguments.prompt)
+        prompt_of = partial(prompt_ids, running.tokenizer, arguments.prompt)
         for case in run_cases(running.engine, missing, prompt_of):
             records[case.seed] = _record(case)
             _append(arguments.cases, records[case.seed])
@@ -104,7 +104,8 @@ def main() -> int:
     return int(bool(invalid) or len(stopped) < LEAST_STOPPED * len(cases))
 
 
-def _prompt(tokenizer: Tokenizer, kind: str, schema: Schema) -> Sequence[int]:
+def prompt_ids(tokenizer: Tokenizer, kind: str, schema: Schema) -> Sequence[int]:
+    """Token ids of the question for an answer that the schema accepts; `kind` as of `--prompt`."""
     turns = []
     if kind == "examples":
         for known, answer in EXAMPLES:

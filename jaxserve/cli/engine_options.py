@@ -320,7 +320,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
         int | None,
         typer.Option(
             help="Least last tokens that must stand in the text before.",
-            show_default="2",
+            show_default="3",
             rich_help_panel=_SPECULATION,
         ),
     ],

@@ -20,7 +20,7 @@ class SpeculationConfig:
     """Most tokens of a draft."""
     lookup_max: int = 4
     """Longest match of the last tokens that counts; the longest one is taken."""
-    lookup_min: int = 2
+    lookup_min: int = 3
     """Shortest match that gives a draft."""
     may_grow_step: bool = True
     """Drafts may take a step into a larger bucket. False where all rows of a bucket cost alike."""

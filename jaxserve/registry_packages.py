@@ -58,15 +58,20 @@ class AptPackage:
     def label(self) -> str:
         return f"Debian {self.name} {self.version}"
 
-    def unpack(self, folder: Path) -> Path:
+    def unpack(self, folder: Path, archive: Path | None = None) -> Path:
         """Fetches into `folder`; returns the folder of the package's files.
+
+        Args:
+            folder: an empty one.
+            archive: the .deb file, if it was fetched before.
 
         Raises FetchError: no apt-get, no such version there, another digest.
         """
-        run_client(["apt-get", "--quiet=2", "download", f"{self.name}={self.version}"], folder)
-        archive = _only(folder.glob("*.deb"), self.label)
+        if archive is None:
+            run_client(["apt-get", "--quiet=2", "download", f"{self.name}={self.version}"], folder)
+            archive = _only(folder.glob("*.deb"), self.label)
         _check_digest(archive, self.sha256, self.label)
-        run_client(["dpkg-deb", "--extract", archive.name, "unpacked"], folder)
+        run_client(["dpkg-deb", "--extract", str(archive.absolute()), "unpacked"], folder)
         return folder / "unpacked"
 
 

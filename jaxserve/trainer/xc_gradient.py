@@ -186,4 +186,5 @@ def flatten_alone(flat: FlatVector, gradient: Tree) -> jax.Array:
 
     Behind a scatter in one program, XLA's CPU backend takes twice as long for both.
     """
-    return flatten(flat, gradient)
+    vector: jax.Array = flatten(flat, gradient)
+    return vector

@@ -29,7 +29,7 @@ from jaxserve.xc.collapse import collapsed_steps
 from jaxserve.xc.config import LossConfig, XcSection
 from jaxserve.xc.dataset import XcDataset
 from jaxserve.xc.encoders import EncoderSpec
-from jaxserve.xc.label_sets import Int64Array
+from jaxserve.xc.label_sets import Int64Array, is_repeat
 from jaxserve.xc.losses import classifier_losses
 from jaxserve.xc.model_folder import CLASSIFIERS
 from jaxserve.xc.samplers import BatchOrder, Draw, Sampler
@@ -159,7 +159,9 @@ class EncoderTask:
         draw = order.next_draw(step, current)
         mining_s = order.mining_s - mined_before_s
         labels = np.concatenate([draw.positives, draw.extra])
-        is_excluded = self._train.labels.contains(draw.ids, labels) | (labels < 0)
+        # A batch's labels are a set: ten copies of one label would be all of a point's ten hardest.
+        is_no_negative = (labels < 0) | is_repeat(labels)
+        is_excluded = self._train.labels.contains(draw.ids, labels) | is_no_negative
         packed = {
             leaf: self._packed(draw, leaf)
             for place in self._exchange.local

@@ -96,3 +96,10 @@ class LabelSets:
         own = points * np.int64(self.num_labels) + self.label_ids
         asked = np.arange(self.num_points)[:, None] * np.int64(self.num_labels) + predicted
         return np.isin(asked, own) & (predicted >= 0)
+
+
+def is_repeat(labels: Int32Array) -> BoolArray:
+    """Whether a label stands further in front already: bool[n]."""
+    repeats = np.ones(len(labels), np.bool_)
+    repeats[np.unique(labels, return_index=True)[1]] = False
+    return repeats

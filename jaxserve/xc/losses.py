@@ -29,8 +29,8 @@ def encoder_losses(
         config: which loss.
         points: float32[B, D], of length one.
         labels: float32[C, D], of length one; the first B are the points' own positives.
-        is_excluded: bool[B, C], pairs that are no negatives: known positives, and places without
-            a label.
+        is_excluded: bool[B, C], pairs that are no negatives: known positives, places without a
+            label, and those of a label that stands further in front.
     """
     similarities = points @ labels.T
     own = jnp.arange(points.shape[0])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.xc.label_sets import LabelSets
+from jaxserve.xc.label_sets import LabelSets, is_repeat
 
 SETS = st.lists(st.sets(st.integers(0, 7), max_size=4), min_size=1, max_size=6)
 
@@ -33,3 +33,9 @@ def test_contains_and_hits_say_what_sets_say(sets: list[set[int]], data: st.Data
 def test_an_unknown_label_is_refused() -> None:
     with pytest.raises(ValueError, match="0 to 2"):
         LabelSets.of([[3]], 3)
+
+
+def test_repeats_are_all_but_the_first() -> None:
+    assert is_repeat(np.array([3, 1, 3, -1, 1, 3, -1], np.int32)).tolist() == [
+        False, False, True, False, True, True, True,
+    ]  # fmt: skip

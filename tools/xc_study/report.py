@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 MEASURES = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@10", "coverage@5")
 NUM_RESAMPLES = 2000
+GOAL_SHARE = 0.95
+"""Of the end's validation P@1: what a curriculum should reach sooner."""
 
 COMPARISONS = (
     ("ngame", "random"),
@@ -55,6 +57,7 @@ def tables(records: Mapping[str, Sequence[Record]]) -> str:
             lines.append(
                 f"| {first} - {second} | {num_seeds} | {mean:+.2f} | {low:+.2f} to {high:+.2f} |"
             )
+    lines += ["", *_curriculum_rows(records)]
     lines += [
         "",
         "| method | seed | validation P@1 after so many seconds of training |",
@@ -93,6 +96,35 @@ def right_at_1(record: Record) -> npt.NDArray[np.float64]:
     """For each test point 1 if its first label is right, else 0."""
     bits = np.frombuffer(base64.b64decode(record["right_at_1"]), np.uint8)
     return np.unpackbits(bits)[: record["num_test"]].astype(np.float64)
+
+
+def steps_to_share(record: Record, goal: float) -> int:
+    """Steps until validation P@1 first reached `goal`, between evaluations in proportion."""
+    before_step, before = 0, 0.0
+    for one in record["curve"]:
+        step, value = one["step"], one["validation_P@1"]
+        if value >= goal:
+            share = (goal - before) / (value - before)
+            return round(before_step + share * (step - before_step))
+        before_step, before = step, value
+    raise ValueError(f"validation P@1 of {record['method']} never reaches {goal:.2f}")
+
+
+def _curriculum_rows(records: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Steps of both kinds of clusters to 95 % of what fixed ones end with, seed by seed."""
+    fixed = {record["seed"]: record for record in records.get("ngame", ())}
+    lines = [
+        "| seed | fixed clusters: steps to 95 % of their end | growing ones | difference |",
+        "|---|---|---|---|",
+    ]
+    for record in records.get("ngame_curriculum", ()):
+        if record["seed"] in fixed:
+            own = fixed[record["seed"]]
+            goal = GOAL_SHARE * own["curve"][-1]["validation_P@1"]
+            steps = steps_to_share(own, goal), steps_to_share(record, goal)
+            change = 100 * (steps[1] / steps[0] - 1)
+            lines.append(f"| {record['seed']} | {steps[0]} | {steps[1]} | {change:+.1f} % |")
+    return lines
 
 
 def _row(name: str, own: Sequence[Record], key: str) -> str:

@@ -40,14 +40,14 @@ PHASES = (
 
 def run_missing(plan: Plan, methods: list[str], num_seeds: int) -> None:
     """Runs what has no record yet, phase by phase and seed by seed."""
-    if not (plan.out / "raw" / "tfidf_10nn.json").is_file():
-        for name, record in run_baselines(XcDataset(plan.data)).items():
-            _keep(plan, name, lambda record=record: record)  # type: ignore[misc]
     for phase in PHASES:
         for seed in range(num_seeds):
             for method in phase:
                 if method in methods:
                     _keep(plan, f"{method}-{seed}", partial(_run, plan, method, seed))
+    if not (plan.out / "raw" / "tfidf_10nn.json").is_file():
+        for name, record in run_baselines(XcDataset(plan.data)).items():
+            _keep(plan, name, lambda record=record: record)  # type: ignore[misc]
 
 
 def _run(plan: Plan, method: str, seed: int) -> dict[str, Any]:

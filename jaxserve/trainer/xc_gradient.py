@@ -168,7 +168,8 @@ def _pull_back(
 ) -> jax.Array:
     """A micro-batch's part of the gradient, float32[num_blocks, block_size]."""
     gradient = _gradient_of_leaf(spec.encoder, params, packed, cotangents, leaf)
-    return flatten_alone(spec.flat, gradient)
+    vector: jax.Array = flatten_alone(spec.flat, gradient)
+    return vector
 
 
 @partial(jax.jit, static_argnums=0)

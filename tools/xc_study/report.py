@@ -105,7 +105,7 @@ def steps_to_share(record: Record, goal: float) -> int:
         step, value = one["step"], one["validation_P@1"]
         if value >= goal:
             share = (goal - before) / (value - before)
-            return round(before_step + share * (step - before_step))
+            return int(before_step + share * (step - before_step))
         before_step, before = step, value
     raise ValueError(f"validation P@1 of {record['method']} never reaches {goal:.2f}")
 

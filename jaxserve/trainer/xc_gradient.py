@@ -97,7 +97,8 @@ class ContrastGradient:
             shares, cotangents, points, spread = _contrast(spec, vectors, is_excluded)
             total = TreeSum(add)
             for leaf, texts in leaves.items():
-                total.push(Node(0, leaf), _pull_back(spec, own, texts, cotangents, np.int32(leaf)))
+                gradient = _pull_back(spec, own, texts, cotangents, np.int32(leaf))
+                total.push(Node(0, leaf), flatten_alone(spec.flat, gradient))
             sums.append(total)
             losses.append([shares[leaf] for leaf in leaves])
             if first_points is None:
@@ -163,20 +164,12 @@ def _contrast(
     return shares, cotangents, points, spread
 
 
-def _pull_back(
-    spec: ContrastSpec, params: Tree, packed: jax.Array, cotangents: jax.Array, leaf: np.int32
-) -> jax.Array:
-    """A micro-batch's part of the gradient, float32[num_blocks, block_size]."""
-    gradient = _gradient_of_leaf(spec.encoder, params, packed, cotangents, leaf)
-    vector: jax.Array = flatten_alone(spec.flat, gradient)
-    return vector
-
-
 @partial(jax.jit, static_argnums=0)
-def _gradient_of_leaf(
-    encoder: EncoderSpec, params: Tree, packed: jax.Array, cotangents: jax.Array, leaf: jax.Array
+def _pull_back(
+    spec: ContrastSpec, params: Tree, packed: jax.Array, cotangents: jax.Array, leaf: jax.Array
 ) -> Tree:
-    _, pull = jax.vjp(lambda tree: encoder.embed(tree, packed), params)
+    """A micro-batch's part of the gradient, as the parameters' tree."""
+    _, pull = jax.vjp(lambda tree: spec.encoder.embed(tree, packed), params)
     gradient: Tree = pull(cotangents[leaf])[0]
     return gradient
 

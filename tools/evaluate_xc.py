@@ -30,6 +30,7 @@ from tools.xc_study.runs import run_classifiers, run_encoder
 CLASSIFIED = "ngame"
 """The method whose encoders get classifiers."""
 CLASSIFIERS = f"classifiers-{CLASSIFIED}"
+BASELINES = "baselines"
 PHASES = (
     ("random", "tas", "ngame", "ngame_centroid"),
     (CLASSIFIERS, "ance"),
@@ -45,7 +46,7 @@ def run_missing(plan: Plan, methods: list[str], num_seeds: int) -> None:
             for method in phase:
                 if method in methods:
                     _keep(plan, f"{method}-{seed}", partial(_run, plan, method, seed))
-    if not (plan.out / "raw" / "tfidf_10nn.json").is_file():
+    if BASELINES in methods and not (plan.out / "raw" / "tfidf_10nn.json").is_file():
         for name, record in run_baselines(XcDataset(plan.data)).items():
             _keep(plan, name, lambda record=record: record)  # type: ignore[misc]
 
@@ -75,8 +76,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--classifier-epochs", type=int, default=20)
+    parser.add_argument(
+        "--evaluate-every", type=int, default=1, help="epochs between points of the curves"
+    )
     parser.add_argument("--loss", choices=("triplet", "softmax"), default="triplet")
-    every = [method for phase in PHASES for method in phase]
+    every = [*(method for phase in PHASES for method in phase), BASELINES]
     parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--report", action="store_true", help="only print the tables")
     options = parser.parse_args()
@@ -89,6 +93,7 @@ def main() -> None:
         num_epochs=options.epochs,
         num_classifier_epochs=options.classifier_epochs,
         loss=options.loss,
+        evaluate_every=options.evaluate_every,
     )
     if not options.report:
         run_missing(plan, options.methods, options.seeds)

@@ -62,6 +62,7 @@ class Plan:
         num_classifier_epochs: the same for label classifiers.
         num_points: training points of the data set.
         loss: name of the encoder's loss.
+        evaluate_every: epochs between two points of a run's curve.
     """
 
     data: Path
@@ -70,6 +71,7 @@ class Plan:
     num_epochs: int = 16
     num_classifier_epochs: int = 20
     loss: str = "triplet"
+    evaluate_every: int = 1
 
     def encoder_config(self, method: str, seed: int) -> TrainConfig:
         """Of one run of stage "encoder"."""

@@ -81,11 +81,11 @@ def encoder_folder(plan: Plan, method: str, seed: int) -> Path:
 
 
 def _train(runner: XcRunner, num_steps: int, plan: Plan, batch_size: int) -> dict[str, Any]:
-    """Trains to the end, with P@1 on validation after each epoch. Evaluations are not timed."""
+    """Trains to the end, with P@1 on validation now and then. Evaluations are not timed."""
     runner.load_state(None)
     curve, train_s, mining_s, losses = [], 0.0, 0.0, []
-    epoch_steps = plan.num_points / batch_size
-    due = epoch_steps
+    between = plan.evaluate_every * plan.num_points / batch_size
+    due = between
     for step in range(num_steps):
         begin_s = time.perf_counter()
         record = runner.run_step(step)
@@ -93,7 +93,7 @@ def _train(runner: XcRunner, num_steps: int, plan: Plan, batch_size: int) -> dic
         mining_s += record.data_wait_s
         losses.append(float(record.loss))
         if step + 1 >= due or step + 1 == num_steps:
-            due += epoch_steps
+            due += between
             precision = 100 * (1 - float(runner.evaluate().loss))
             curve.append(
                 {

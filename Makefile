@@ -104,7 +104,7 @@ COMPILE := $(UV_PIP) compile --quiet --universal --python-version 3.11 --generat
 locks: $(UV) ## Resolve the locks anew; LOCK_FLAGS=--upgrade takes newer versions
 	$(COMPILE) requirements/uv.in -o requirements/uv.txt
 	$(COMPILE) pyproject.toml -o requirements/runtime.txt
-	$(COMPILE) pyproject.toml --extra bench --extra plot --extra data --extra tensorboard --extra study --extra otel --group test --group build -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra bench --extra plot --extra data --extra tensorboard --extra study --extra index --extra otel --group test --group build -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --extra cuda12 -o requirements/cuda12.txt
 	$(COMPILE) pyproject.toml --extra cuda13 -o requirements/cuda13.txt
 

@@ -36,7 +36,7 @@ def ranked_labels(
     """The best labels of a text, best first.
 
     Args:
-        vector: of a step: embedding, scores, ids; see `TextModel.compute`.
+        vector: of a step: embedding, scores, ids (negative: no label); see `TextModel.compute`.
         serving: the model.
         top_k: how many.
     """
@@ -45,4 +45,5 @@ def ranked_labels(
     return [
         RankedLabel(int(label), serving.label_texts[int(label)], float(score))
         for label, score in zip(ids[:top_k], scores[:top_k], strict=True)
+        if label >= 0
     ]

@@ -12,6 +12,7 @@ from jaxserve.xc import metrics
 from jaxserve.xc.dataset import Texts, XcDataset
 from jaxserve.xc.encoders import EncoderSpec, Tree
 from jaxserve.xc.errors import XcDataError
+from jaxserve.xc.label_index import LabelIndex, recall
 from jaxserve.xc.label_sets import LabelSets
 from jaxserve.xc.model_folder import XcModel
 from jaxserve.xc.retrieval import retrieve
@@ -64,7 +65,8 @@ def fuse(model: XcModel, dataset: XcDataset) -> Fusion:
     """
     if model.stage != "classifiers":
         raise XcDataError(f"{model.folder} has no classifiers: nothing is to be fused")
-    encoder = _checked(model, dataset).read_encoder()
+    check_labels(model, dataset)
+    encoder = model.read_encoder()
     validation = dataset.split("validation")
     points = embed(model.encoder, encoder, validation.texts)
     embeddings = embed(model.encoder, encoder, dataset.labels())
@@ -76,7 +78,8 @@ def measure(model: XcModel, dataset: XcDataset, split: str) -> dict[str, float]:
 
     Pairs that the data set excludes are left out of rankings.
     """
-    encoder = _checked(model, dataset).read_encoder()
+    check_labels(model, dataset)
+    encoder = model.read_encoder()
     own, train = dataset.split(split), dataset.split("train").labels
     labels = embed(model.encoder, encoder, dataset.labels())
     if model.stage == "classifiers":
@@ -87,6 +90,18 @@ def measure(model: XcModel, dataset: XcDataset, split: str) -> dict[str, float]:
     _, ranked = retrieve(embed(model.encoder, encoder, own.texts), labels, num_ranked)
     ranked = without_excluded(ranked, own.excluded)[:, :NUM_RANKED]
     return metrics.report(own.labels, ranked, train.label_counts(), train.num_points)
+
+
+def index_recall(index: LabelIndex, points: Floats, labels: Floats, k: int) -> float:
+    """The share of each point's k best labels that an index finds.
+
+    Args:
+        index: of `labels`.
+        points: float32[N, D].
+        labels: float32[L, D].
+        k: at most L.
+    """
+    return recall(index.search(points, k)[1], retrieve(points, labels, k)[1])
 
 
 def without_excluded(
@@ -114,13 +129,13 @@ def embed(spec: EncoderSpec, params: Tree, texts: Texts) -> Floats:
     return np.concatenate(parts)[: len(texts)]
 
 
-def _checked(model: XcModel, dataset: XcDataset) -> XcModel:
+def check_labels(model: XcModel, dataset: XcDataset) -> None:
+    """Raises XcDataError if a data set has other labels than a run was trained on."""
     if dataset.label_texts() != model.label_texts():
         raise XcDataError(
             f"{dataset.folder} has other labels than {model.folder} was trained on: give the data "
             "set of its config.toml"
         )
-    return model
 
 
 def _unit(vectors: Floats) -> Floats:

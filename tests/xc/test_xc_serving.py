@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from jaxserve.cli.main import app
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.encoder.startup import RunningEncoder, start_encoder
 from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.proto.v1 import inference_pb2_grpc
 from jaxserve.server.lifecycle import Server, serving_of
 from jaxserve.xc.dataset import XcDataset
+from jaxserve.xc.errors import XcDataError
 from jaxserve.xc.model_folder import FUSION_FILE, write_json
 from jaxserve.xc.retrieval import retrieve
 from tests.server.scripted_service import start_server_loop
@@ -33,6 +38,7 @@ WEIGHT = 0.5
 
 @dataclass
 class Service:
+    run: Path
     server: Server
     running: RunningEncoder
     texts: list[str]
@@ -43,16 +49,37 @@ class Service:
     """What the trainer's parameters rank, fused."""
 
     def post(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.server.http_port}/v1/classify",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                return reply.status, json.load(reply)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+        return post(self.server, body)
+
+
+def post(server: Server, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.http_port}/v1/classify",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@contextmanager
+def served(run: Path, compilation_cache: Path) -> Iterator[tuple[Server, RunningEncoder]]:
+    running = start_encoder(EngineConfig(str(run), compilation_cache_dir=compilation_cache))
+    server, loop = start_server_loop()
+
+    async def become_ready() -> None:
+        await server.become_ready(serving_of(running))
+
+    try:
+        asyncio.run_coroutine_threadsafe(become_ready(), loop).result(timeout=60)
+        yield server, running
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(timeout=60)
+        loop.call_soon_threadsafe(loop.stop)
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +105,9 @@ def service(tmp_path_factory: pytest.TempPathFactory, compilation_cache: Path) -
         encoder.task.embeddings(encoder.params(), "test")[1]
     )
     scores, ids = retrieve(np.asarray(points), labels, 10)
-    running = start_encoder(EngineConfig(str(run), compilation_cache_dir=compilation_cache))
-    server, loop = start_server_loop()
-
-    async def become_ready() -> None:
-        await server.become_ready(serving_of(running))
-
-    try:
-        asyncio.run_coroutine_threadsafe(become_ready(), loop).result(timeout=60)
-        texts = XcDataset(folder / "xc").texts("test")
-        yield Service(server, running, texts, np.asarray(points), scores, ids)
-    finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(timeout=60)
-        loop.call_soon_threadsafe(loop.stop)
-        running.close()
+    texts = XcDataset(folder / "xc").texts("test")
+    with served(run, compilation_cache) as (server, running):
+        yield Service(run, server, running, texts, np.asarray(points), scores, ids)
 
 
 def test_grpc_gives_what_the_trainer_ranks(service: Service) -> None:
@@ -134,3 +150,29 @@ def test_no_step_compiles_after_ready(service: Service) -> None:
     service.post({"input": service.texts[:7]})
     service.post({"input": "w1x1 w2x2", "top_k": 36})
     assert service.running.compiles.count == before
+
+
+def test_an_index_gives_the_same_labels_and_an_old_one_is_refused(
+    service: Service, tmp_path: Path, compilation_cache: Path
+) -> None:
+    run = tmp_path / "indexed"
+    shutil.copytree(service.run, run)
+    data = service.run.parent / "xc"
+    result = CliRunner().invoke(app, ["classify", "index", str(run), "--data", str(data)])
+    assert result.exit_code == 0, result.output
+    assert "it finds 100.00 %" in result.output
+    body = {"input": service.texts[:5], "top_k": 4}
+    with served(run, compilation_cache) as (server, running):
+        assert "load label index" in running.report.phases
+        indexed, exact = (post(one, body)[1]["data"] for one in (server, service.server))
+    for mine, theirs in zip(indexed, exact, strict=True):
+        found, wanted = ([one["score"] for one in row["labels"]] for row in (mine, theirs))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        assert mine["labels"][0]["text"] == theirs["labels"][0]["text"]
+    printed = CliRunner().invoke(app, ["classify", "texts", str(run), service.texts[0]])
+    assert json.loads(printed.output)["labels"][0]["id"] == exact[0]["labels"][0]["id"]
+    write_json(run / FUSION_FILE, {"weight": 2 * WEIGHT})
+    with pytest.raises(XcDataError, match="fused anew"):
+        start_encoder(EngineConfig(str(run), compilation_cache_dir=compilation_cache))
+    removed = CliRunner().invoke(app, ["classify", "index", str(run), "--remove"])
+    assert "has no index any more" in removed.output

@@ -78,15 +78,23 @@ class EncoderExecutor:
         params: weights on the device.
         device: where they are.
         depth: plans in flight at once.
+        finish: what becomes of a step's vectors [texts, n] on the host; None: nothing.
     """
 
     def __init__(
-        self, programs: EncoderPrograms, params: Params, device: jax.Device, *, depth: int
+        self,
+        programs: EncoderPrograms,
+        params: Params,
+        device: jax.Device,
+        *,
+        depth: int,
+        finish: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.depth = depth
         self.programs = programs
         self.params = params
         self._device = device
+        self._finish = finish
         self._in_flight: deque[tuple[EncodePlan, jax.Array]] = deque()
 
     def can_accept(self) -> bool:
@@ -110,10 +118,11 @@ class EncoderExecutor:
         if not self._in_flight:
             raise LookupError("no plan is in flight")
         plan, vectors = self._in_flight[0]
-        host = np.asarray(vectors)
+        host = np.asarray(vectors)[: len(plan.texts)]
         self._in_flight.popleft()
         # A copy: a vector that a client still reads must not keep the whole step's.
-        return plan, EncodeResults(plan.step_id, host[: len(plan.texts)].copy())
+        finished = host.copy() if self._finish is None else self._finish(host)
+        return plan, EncodeResults(plan.step_id, finished)
 
 
 def pack_texts(texts: Sequence[Sequence[int]], bucket: EncodeBucket) -> np.ndarray:

@@ -134,11 +134,17 @@ def _load_and_compile(
     with EncoderBuild(settings) as build:
         with phases.time("load weights"):
             params = encoder.load_params(settings.dtype)
+        finish = None
+        if isinstance(encoder, ServedClassifier) and encoder.model.has_index:
+            with phases.time("load label index"):
+                finish = encoder.load_ranking()
         with phases.time("wait for the compiler"):
             programs = build.result()
     for name, seconds in programs.seconds.items():
         phases.record(name, seconds)
-    return EncoderExecutor(programs, params, settings.device, depth=settings.max_in_flight)
+    return EncoderExecutor(
+        programs, params, settings.device, depth=settings.max_in_flight, finish=finish
+    )
 
 
 def _memory_plan(settings: EncoderSettings, free_bytes: int, *, temp_bytes: int = 0) -> MemoryPlan:
@@ -160,7 +166,7 @@ def _run_first_steps(settings: EncoderSettings, executor: EncoderExecutor) -> No
     for step_id, bucket in enumerate(settings.buckets):
         executor.submit(EncodePlan(step_id, bucket, (EncodeText("first-step", (0,)),)))
         _, results = executor.next_completion()
-        if not np.isfinite(results.vectors).all():
+        if not np.isfinite(results.vectors[:, : settings.model.embedding_size]).all():
             raise ConfigError(
                 "the model's embedding of its token 0 is not finite: its weights are damaged, or "
                 "need --dtype float32"

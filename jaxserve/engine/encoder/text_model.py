@@ -40,7 +40,8 @@ class TextModel(Protocol):
         ...
 
     def compute(self, params: Any, token_ids: jax.Array, num_tokens: jax.Array) -> jax.Array:
-        """float32[texts, embedding_size + 2 num_classes] of int32[texts, T] and int32[texts]."""
+        """float32[texts, embedding_size + 2 num_classes] of int32[texts, T] and int32[texts]; of
+        a model with an index of labels the embeddings only."""
         ...
 
 

@@ -13,6 +13,7 @@ from checkpoint.errors import FormatError
 from checkpoint.store import Store
 from jaxserve.errors import ConfigError
 from jaxserve.trainer.config import TrainConfig
+from jaxserve.trainer.dry_run import plan_of
 from jaxserve.trainer.errors import TrainConfigError
 from jaxserve.trainer.run_identity import make_world
 from jaxserve.trainer.xc_runner import XcRunner, make_xc_runner
@@ -175,6 +176,11 @@ def test_fusion_and_measures_of_stored_runs(folder: Path, tmp_path: Path) -> Non
         measure(model, dataset, "test")
 
 
+def test_a_plan_without_a_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainConfigError, match="--dry-run: there is no plan for task"):
+        plan_of(tiny_config(tmp_path))
+
+
 def test_excluded_pairs_leave_rankings() -> None:
     ranked = np.array([[3, 1, 2], [1, 3, 0]], np.int32)
     excluded = np.array([[0, 1], [1, 2], [1, 1]], np.int32)
@@ -186,6 +192,12 @@ def test_excluded_pairs_leave_rankings() -> None:
     [
         ("numerics.dropout=0.1", "numerics.dropout is 0.1"),
         ("numerics.mode=ordered", "numerics.mode is 'ordered'"),
+        ("numerics.compute_dtype=bfloat16", "numerics.compute_dtype is 'bfloat16'"),
+        ("numerics.param_dtype=bfloat16", "numerics.param_dtype is 'bfloat16'"),
+        ("numerics.replay_every=4", "numerics.replay_every is 4"),
+        ("numerics.remat=full", "numerics.remat is 'full'"),
+        ("data.log_reads=true", "data.log_reads is True"),
+        ("lora={rank = 4, alpha = 8.0}", "knows only None"),
         ("incidents.policy=rollback", "incidents.policy is 'rollback'"),
         ("schedule={kind = 'auto', initial_lr = 0.1}", "rate that tunes itself"),
         ("task=causal_lm", r"needs a table \[model\]"),

@@ -171,8 +171,10 @@ def _descend(
     direction = cast(jax.Array, direction)
     if spec.optimizer.weight_decay:
         decayed = _is_decayed(spec.flat, direction.shape, first_block)
-        decay = jnp.float32(spec.optimizer.weight_decay) * moments.master
-        direction = direction + jnp.where(decayed, decay, 0.0)
+        # The rate is selected, not the product: LLVM can take a selection apart in a program of
+        # many blocks and leave it in one of few, and would then round the product in one of them.
+        rate = jnp.where(decayed, jnp.float32(spec.optimizer.weight_decay), 0.0)
+        direction = direction + rate * moments.master
     return direction, opt_state
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -35,7 +34,7 @@ NAMES: tuple[OptimizerName, ...] = (
     "sgd",
 )
 NUM_BLOCKS = 6
-NUM_DRAWS = 12
+NUM_DRAWS = 6
 """Of 24,576 elements each; a product rounded in one program only shows in some 2 of them."""
 DECISION = Decision(
     loss=jnp.float32(5.5),
@@ -89,9 +88,9 @@ def differing_elements(optimizer: OptimizerConfig) -> int:
 
 
 def all_differing_elements() -> dict[str, int]:
-    """By optimizer, with and without an average of the parameters."""
+    """By optimizer; of adamw also with an average of the parameters."""
     result: dict[str, int] = {}
-    for name, ema_decay in itertools.product(NAMES, (None, 0.99)):
+    for name, ema_decay in [*((name, None) for name in NAMES), ("adamw", 0.99)]:
         optimizer = dataclasses.replace(
             CONFIG.optimizer,
             name=name,
@@ -115,7 +114,7 @@ def test_bits_of_an_update_in_parts() -> None:
         [sys.executable, __file__], env=environment, check=True, capture_output=True, text=True
     )
     differing: dict[str, int] = json.loads(child.stdout)
-    assert len(differing) == 2 * len(NAMES)
+    assert len(differing) == len(NAMES) + 1
     assert not any(differing.values()), differing
 
 

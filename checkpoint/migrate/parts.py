@@ -151,6 +151,8 @@ class FileParts:
     def _read_rows(self, location: TensorLocation, start: int, stop: int) -> Array:
         if location.shape and 0 in location.shape:
             return np.empty((stop - start, *location.shape[1:]), location.dtype or np.float32)
+        if location.quantization is not None and len(location.shape) == 1:
+            return self._read_quantized_vector(location)[start:stop]
         bytes_a_row = location.num_bytes // (location.shape[0] if location.shape else 1)
         raw = np.empty((stop - start) * bytes_a_row, np.uint8)
         self._read_bytes(location, location.offset + start * bytes_a_row, raw)
@@ -159,6 +161,13 @@ class FileParts:
             return raw.view(location.dtype).reshape(shape)
         assert location.quantization is not None
         return decode_rows(raw, location.shape[-1], location.quantization).reshape(shape)
+
+    def _read_quantized_vector(self, location: TensorLocation) -> Array:
+        """All of it, since a block has many elements."""
+        assert location.quantization is not None
+        raw = np.empty(location.num_bytes, np.uint8)
+        self._read_bytes(location, location.offset, raw)
+        return decode_rows(raw, location.shape[0], location.quantization).reshape(-1)
 
     def _read_bytes(
         self, location: TensorLocation, offset: int, out: npt.NDArray[np.uint8]

@@ -9,16 +9,21 @@ import shutil
 import struct
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from rig import TINY, convert, write_tensors
 from safetensors.numpy import load_file
 
 from checkpoint.errors import FormatError
+from checkpoint.formats.location import TensorLocation
 from checkpoint.formats.safetensors import SafetensorsFolder
 from checkpoint.migrate.errors import MigrationError
+from checkpoint.migrate.parts import FileParts
 from checkpoint.store import StoreError
 from jaxserve.errors import JaxserveError
 from jaxserve.migration.arrays import problems
@@ -334,3 +339,16 @@ def test_the_folder_reader_lists_shards() -> None:
     assert [file.path.name for file in files] == [
         f"model-{shard:05d}-of-00004.safetensors" for shard in range(1, 5)
     ]
+
+
+def test_a_quantized_vector_is_read(tmp_path: Path) -> None:
+    values = np.linspace(-1, 1, 64, dtype=np.float32)
+    kind = GGMLQuantizationType.Q8_0
+    raw = quantize(values, kind)
+    (tmp_path / "blocks").write_bytes(b"head" + raw.tobytes())
+    location = TensorLocation(tmp_path / "blocks", 4, raw.size, (64,), None, kind)
+    with closing(FileParts({"norm": location})) as parts:
+        whole = parts.read_part("norm", (slice(None),))
+        part = parts.read_part("norm", (slice(3, 40),))
+    np.testing.assert_allclose(whole, values, atol=1 / 127)
+    assert whole[3:40].tobytes() == part.tobytes()

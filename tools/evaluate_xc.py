@@ -48,7 +48,7 @@ def run_missing(plan: Plan, methods: list[str], num_seeds: int) -> None:
                     _keep(plan, f"{method}-{seed}", partial(_run, plan, method, seed))
     if BASELINES in methods and not (plan.out / "raw" / "tfidf_10nn.json").is_file():
         for name, record in run_baselines(XcDataset(plan.data)).items():
-            _keep(plan, name, lambda record=record: record)  # type: ignore[misc]
+            _keep(plan, name, partial(dict, record))
 
 
 def _run(plan: Plan, method: str, seed: int) -> dict[str, Any]:

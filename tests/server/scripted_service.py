@@ -8,7 +8,8 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -289,6 +290,16 @@ def start_service(
     engine.start()
     client = Client(f"127.0.0.1:{server.grpc_port}")
     return Service(server, client, engine, scheduler, executor, loop)
+
+
+@contextmanager
+def ready_service() -> Iterator[Service]:
+    """A service for several tests, which must leave it idle."""
+    service = start_service()
+    service.make_ready()
+    yield service
+    service.assert_idle()
+    service.close()
 
 
 async def _new_server(config: ServerConfig) -> Server:

@@ -17,7 +17,7 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.proto.v1 import inference_pb2_grpc
 from jaxserve.server import convert
-from tests.server.scripted_service import MODEL_CONFIG, Service, start_service
+from tests.server.scripted_service import MODEL_CONFIG, Service, ready_service
 
 VOCAB = MODEL_CONFIG.vocab_size
 CONTEXT = 512
@@ -27,11 +27,8 @@ NAN, INF = math.nan, math.inf
 @pytest.fixture(scope="module")
 def shared():
     """One service for the whole table: a refused request must leave no trace."""
-    service = start_service()
-    service.make_ready()
-    yield service
-    service.assert_idle()
-    service.close()
+    with ready_service() as service:
+        yield service
 
 
 BAD_SETTINGS = {

@@ -10,16 +10,13 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.proto.v1 import inference_pb2 as pb
 from jaxserve.server.convert import check_request, sampling_params
 from jaxserve.server.prompt_limits import PromptLimits
-from tests.server.scripted_service import start_service
+from tests.server.scripted_service import ready_service
 
 
 @pytest.fixture(scope="module")
 def shared():
-    service = start_service()
-    service.make_ready()
-    yield service
-    service.assert_idle()
-    service.close()
+    with ready_service() as service:
+        yield service
 
 
 @pytest.mark.parametrize(

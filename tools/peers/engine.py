@@ -140,8 +140,7 @@ def resident_peak_bytes(pid: int) -> int:
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
-            with open(f"/proc/{one.pid}/status", encoding="ascii") as status:  # noqa: PTH123
-                total += peak_of(status.read())
+            total += peak_of(Path(f"/proc/{one.pid}/status").read_text(encoding="ascii"))
         except OSError:
             continue  # It has ended meanwhile.
     return total

@@ -227,8 +227,10 @@ def grammar_text(constraint: Constraint) -> str:
 
 
 def _of_schema(source: str) -> str:
-    dated = json.dumps(with_readable_values(json.loads(source)), ensure_ascii=False)
-    return LLMatcher.grammar_from_json_schema(dated, overrides={"whitespace_pattern": WHITESPACE})
+    narrowed = json.dumps(with_readable_values(json.loads(source)), ensure_ascii=False)
+    return LLMatcher.grammar_from_json_schema(
+        narrowed, overrides={"whitespace_pattern": WHITESPACE}
+    )
 
 
 def _literal(text: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from jaxserve.server.http.connection import MAX_PIPELINED
 from tests.server.http.raw_http import connect, request_bytes
-from tests.server.scripted_service import start_service, wait_for
+from tests.server.scripted_service import ready_service, wait_for
 
 BODY = {"prompt": "x", "max_tokens": 2}
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -20,11 +20,8 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
 @pytest.fixture(scope="module")
 def shared():
-    service = start_service()
-    service.make_ready()
-    yield service
-    service.assert_idle()
-    service.close()
+    with ready_service() as service:
+        yield service
 
 
 def answers(service, data: bytes, count: int = 1) -> bytes:
